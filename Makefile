@@ -1,0 +1,39 @@
+# Everything sets itself up: a virtual environment in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests
+
+.PHONY: demo test lint unit integration faults bench clean
+
+demo: .venv/.demo ## Three hospitals train one model on this machine (SIMULATED attestation)
+	$(BIN)/casemate demo
+
+test: lint unit integration faults ## Lint, types, import rules and all tests
+
+lint: .venv/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: .venv/.dev
+	$(BIN)/pytest tests/unit tests/vectors
+
+integration: .venv/.dev
+	$(BIN)/pytest tests/integration
+
+faults: .venv/.dev
+	$(BIN)/pytest tests/faults
+
+.venv/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/.demo
+
+clean:
+	rm -rf .venv .casemate .casemate-demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

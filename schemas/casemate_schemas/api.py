@@ -1,0 +1,80 @@
+"""What the gateway's HTTP API says in JSON, and its paths and header names. Sealed and signed things travel as msgpack."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict
+
+from .job_state import JobState
+
+MEDIA_TYPE: Final = "application/vnd.casemate+msgpack"
+PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
+PROBLEM_TYPE_PREFIX: Final = "https://casemate.dev/problems/"
+DELEGATION_HEADER: Final = "Casemate-Delegation"
+"""Base64 of the canonical signed delegation of whoever signs the request."""
+SIGNATURE_LABEL: Final = "casemate"
+SIGNATURE_TAG: Final = "casemate-v1"
+SIGNATURE_WINDOW_S: Final = 60
+SIGNED_COMPONENTS: Final = ("@method", "@target-uri", "content-digest", "casemate-delegation")
+"""Covered by every request's RFC 9421 signature; ``content-digest`` (RFC 9530, sha-256) is present even for no body."""
+
+CONSORTIUM_PATH: Final = "/v1/consortium"
+ENVELOPES_PATH: Final = "/v1/envelopes"
+KEY_BROKERS_PATH: Final = "/v1/key-brokers"
+JOBS_PATH: Final = "/v1/jobs"
+
+
+class JsonModel(BaseModel):
+    """A JSON body: strict, frozen, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ProblemDetails(JsonModel):
+    """RFC 9457. ``reason`` repeats the last part of ``type``: a reason code of the error tree."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    reason: str
+
+
+class EnvelopeStored(JsonModel):
+    """An envelope is stored, whole and with the digest its header says."""
+
+    envelope: str
+    bytes: int
+
+
+class ApprovalStatus(JsonModel):
+    """One key broker's word on a job; ``answer`` is its signed answer in base64, once given."""
+
+    key_broker: str
+    verdict: str
+    answer: str | None
+
+
+class JobStatus(JsonModel):
+    """A job as those concerned may see it."""
+
+    job_id: str
+    state: JobState
+    attempt: int
+    step: int | None
+    steps: int | None
+    epsilon: float | None
+    """Planned epsilon at ``step``."""
+    reason: str | None
+    approvals: tuple[ApprovalStatus, ...]
+    created: int
+    updated: int
+    deadline: int | None
+    simulation: bool
+
+
+class JobList(JsonModel):
+    """Jobs of the asking person's member, newest first."""
+
+    jobs: tuple[JobStatus, ...]

@@ -1,0 +1,72 @@
+"""What an owner says about a dataset: the card. The data itself is safetensors, one tensor per column, rows first.
+
+Everything on a card is a public declaration to those who may list the dataset. Bounds and the row bound are chosen by
+the owner without looking at individual values (DESIGN: "values outside the bounds are clamped; denominators use declared
+bounds, never counts").
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from .codec import Name, Text, WireModel
+
+MAX_ROWS = 1 << 40
+MAX_COLUMNS = 4096
+
+ColumnName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_ .()/%+-]{0,62}[A-Za-z0-9_)%])?$")]
+"""A column's name: 1 to 64 characters, no control characters, no leading or trailing space."""
+
+DatasetId = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?@[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")
+]
+"""``name@owner``, the owner being a member id."""
+
+
+class Column(WireModel):
+    """One column: dtype and shape of a row's value, and public bounds that hold for every element of it."""
+
+    name: ColumnName
+    dtype: Literal["float32", "float64", "int64", "int32", "uint8"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...], Field(max_length=4)] = ()
+    lower: float
+    upper: float
+    unit: Annotated[str, StringConstraints(max_length=32)] = ""
+    description: Text = ""
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> Self:
+        if not self.lower < self.upper:
+            raise ValueError("lower must be less than upper")
+        return self
+
+
+class DatasetCard(WireModel):
+    """The declared schema of a dataset version. ``row_bound`` is public and at least the number of rows."""
+
+    KIND: ClassVar[str] = "dataset-card"
+
+    version: Literal[1] = 1
+    name: Name
+    owner: Name
+    columns: Annotated[tuple[Column, ...], Field(min_length=1, max_length=MAX_COLUMNS)]
+    row_bound: Annotated[int, Field(ge=1, le=MAX_ROWS)]
+    privacy_unit: Literal["record"] = "record"
+    description: Text = ""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        if len({column.name for column in self.columns}) != len(self.columns):
+            raise ValueError("column names must be unique")
+        return self
+
+    @property
+    def id(self) -> str:
+        """``name@owner``."""
+        return f"{self.name}@{self.owner}"
+
+    def column(self, name: str) -> Column | None:
+        """The column of that name, or ``None``."""
+        return next((column for column in self.columns if column.name == name), None)

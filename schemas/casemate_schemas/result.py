@@ -1,0 +1,79 @@
+"""What a recipient opens, and the release that lets them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import Field, StringConstraints
+
+from .codec import Digest, UnixMs, WireModel
+from .dataset import DatasetId
+from .envelope import SealedKey
+from .evidence import Evidence
+from .job import MAX_DATASETS, MAX_STEPS, JobId, Rational
+from .signatures import Signed
+
+RESULT_SECTIONS: Final = ("manifest", "weights")
+
+
+class OwnerPrivacy(WireModel):
+    """What one dataset's records are guaranteed: ``(epsilon, delta)`` and what it follows from."""
+
+    dataset: DatasetId
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    sample_rate: Rational
+    noise_multiplier: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+
+
+class PrivacyStatement(WireModel):
+    """The guarantee of a result, per owner and for a person present in several owners' data."""
+
+    KIND: ClassVar[str] = "privacy-statement"
+
+    accountant: Literal["pld"] = "pld"
+    neighbouring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
+    unit: Literal["record"] = "record"
+    owners: Annotated[tuple[OwnerPrivacy, ...], Field(min_length=1, max_length=MAX_DATASETS)]
+    person_epsilon: Annotated[float, Field(gt=0)]
+    person_delta: Annotated[float, Field(gt=0)]
+
+
+class ResultManifest(WireModel):
+    """Privacy statement and provenance of the weights beside it."""
+
+    KIND: ClassVar[str] = "result-manifest"
+
+    version: Literal[1] = 1
+    consortium: Digest
+    job_id: JobId
+    simulation: bool
+    terms: Signed
+    evidence: Evidence
+    grants: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
+    privacy: PrivacyStatement
+    software: dict[Annotated[str, StringConstraints(max_length=40)], Annotated[str, StringConstraints(max_length=80)]]
+    isolation: Annotated[str, StringConstraints(max_length=80)]
+    """How the training process was cut off from the network."""
+    finished: UnixMs
+
+
+class Release(WireModel):
+    """Receipts of all key brokers and the content key for each recipient. Signed by the releasing worker's attested key.
+
+    The releasing worker is the one that trained, or a successor; ``evidence`` is that worker's own.
+    """
+
+    KIND: ClassVar[str] = "release"
+
+    version: Literal[1] = 1
+    consortium: Digest
+    job_id: JobId
+    terms: Digest
+    result: Digest
+    evidence: Evidence
+    grants: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
+    receipts: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
+    sealed_keys: Annotated[tuple[SealedKey, ...], Field(min_length=1, max_length=64)]
+    at: UnixMs

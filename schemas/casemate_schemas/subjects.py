@@ -1,0 +1,207 @@
+"""Every NATS name in one place, and who may publish or subscribe to what.
+
+::
+
+    casemate.kb.<key broker>.<op>                 request-reply with one key broker
+    casemate.work.<resource class>.<job>          the work queue                      stream WORK_<resource class>
+    casemate.event.<job>                          job events                          stream EVENTS
+    casemate.event-stored.<job>                   the same again, once stored: a wake-up for followers
+    casemate.blob.chunk.<digest>.<upload>         chunks of ciphertext                stream BLOBS
+    casemate.blob.marker.<digest>                 "this upload is the blob"           stream BLOB_MARKERS
+    casemate.envelope.<digest>                    an envelope's signed head           stream ENVELOPES
+    casemate.head.<digest>                        signed heads of envelopes           stream ENVELOPE_HEADS
+    $KV.jobs.<job>                                job records                         stream KV_jobs
+    $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
+    _INBOX_<user>.>                               replies to one user
+
+Permissions keep an honest program with a bug, or one stolen key, inside its part. They are not enough alone: NATS never
+checks the *reply* subject of a request, so whoever may ask JetStream for a message it wrote itself could have it
+delivered to ``$JS.API.STREAM.DELETE.…`` or into another's inbox. Hence three kinds of account as well: JetStream and the
+gateway in one, workers in another that reaches a short list of services, each key broker in its own. A reply then goes
+to the requester's account and no further. None of it defends against NATS itself or its host, which the protocol treats
+as hostile: those can cost availability and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from .errors import MalformedError
+
+ResourceClass = Literal["cpu"]
+"""What a job needs to run on; one work queue each."""
+
+RESOURCE_CLASSES: Final[tuple[ResourceClass, ...]] = get_args(ResourceClass)
+
+GatewayOp = Literal["precheck", "message", "manifest", "cancelled"]
+"""What the gateway may ask of a key broker."""
+
+WorkerOp = Literal["nonce", "grant", "commit"]
+"""What a worker may ask of a key broker."""
+
+GATEWAY_OPS: Final[tuple[GatewayOp, ...]] = get_args(GatewayOp)
+WORKER_OPS: Final[tuple[WorkerOp, ...]] = get_args(WorkerOp)
+
+GATEWAY_ACCOUNT: Final = "CASEMATE"
+"""The NATS account that holds JetStream; gateways are its only users."""
+
+WORKER_ACCOUNT: Final = "WORKERS"
+
+EVENT_STREAM: Final = "EVENTS"
+BLOB_STREAM: Final = "BLOBS"
+BLOB_MARKER_STREAM: Final = "BLOB_MARKERS"
+ENVELOPE_STREAM: Final = "ENVELOPES"
+HEAD_STREAM: Final = "ENVELOPE_HEADS"
+JOB_BUCKET: Final = "jobs"
+JOB_STREAM: Final = "KV_jobs"
+NONCE_BUCKET: Final = "nonces"
+NONCE_STREAM: Final = "KV_nonces"
+WORKER_CONSUMER: Final = "workers"
+
+_TOKEN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+
+
+def token(value: str) -> str:
+    """``value`` itself if it may stand as one token of a subject; raises :class:`MalformedError` otherwise.
+
+    The same alphabet as :data:`~casemate_schemas.codec.Name` and hexadecimal digests: no dots, no wildcards, no spaces.
+    """
+    if not _TOKEN.fullmatch(value):
+        raise MalformedError("expected a name of 1 to 64 characters from a-z, 0-9 and inner hyphens")
+    return value
+
+
+def key_broker(key_broker_id: str) -> str:
+    """Prefix of everything addressed to one key broker."""
+    return f"casemate.kb.{token(key_broker_id)}"
+
+
+def key_broker_op(key_broker_id: str, op: GatewayOp | WorkerOp) -> str:
+    """Subject of one request to one key broker."""
+    return f"{key_broker(key_broker_id)}.{op}"
+
+
+def work_stream(resource_class: ResourceClass) -> str:
+    """Name of the work-queue stream of a resource class."""
+    return f"WORK_{token(resource_class)}"
+
+
+def work(resource_class: ResourceClass, job_id: str) -> str:
+    """Subject of a job's one message in the work queue."""
+    return f"casemate.work.{token(resource_class)}.{token(job_id)}"
+
+
+def max_deliveries_advisory(resource_class: ResourceClass) -> str:
+    """Subject on which the server tells, once and best effort, that it gave up delivering a job."""
+    return f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{work_stream(resource_class)}.{WORKER_CONSUMER}"
+
+
+def event(job_id: str) -> str:
+    """Subject that a job's events are published to."""
+    return f"casemate.event.{token(job_id)}"
+
+
+def event_stored(job_id: str) -> str:
+    """Subject on which a job's event appears again once the stream has stored it."""
+    return f"casemate.event-stored.{token(job_id)}"
+
+
+def blob_chunk(digest_hex: str, upload_id: str) -> str:
+    """Subject of all chunks of one upload: another upload of the same blob has another subject."""
+    return f"casemate.blob.chunk.{token(digest_hex)}.{token(upload_id)}"
+
+
+def blob_marker(digest_hex: str) -> str:
+    """Subject of the message that makes one complete upload the blob."""
+    return f"casemate.blob.marker.{token(digest_hex)}"
+
+
+def envelope(digest_hex: str) -> str:
+    """Subject of the signed head of a complete envelope."""
+    return f"casemate.envelope.{token(digest_hex)}"
+
+
+def head(digest_hex: str) -> str:
+    """Subject of the signed head of the envelope whose header has that digest."""
+    return f"casemate.head.{token(digest_hex)}"
+
+
+def inbox_prefix(user: str) -> str:
+    """Prefix of the inboxes that only ``user`` may subscribe to."""
+    return f"_INBOX_{token(user)}"
+
+
+def key_broker_account(key_broker_id: str) -> str:
+    """Name of the account of one key broker."""
+    return f"KEY_BROKER_{token(key_broker_id)}"
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What one user may do. Whatever is not listed is denied."""
+
+    publish: tuple[str, ...] = ()
+    subscribe: tuple[str, ...] = ()
+    allow_responses: bool = False
+    """May publish one message to the reply subject of each request it receives."""
+
+
+_SHARED_SERVICES: Final = (
+    "casemate.blob.chunk.*.*",
+    "casemate.blob.marker.*",
+    "casemate.head.*",
+    "casemate.event.*",
+    f"$KV.{JOB_BUCKET}.*",
+    f"$JS.API.DIRECT.GET.{JOB_STREAM}.$KV.{JOB_BUCKET}.*",
+    f"$JS.API.DIRECT.GET.{BLOB_STREAM}",
+    f"$JS.API.DIRECT.GET.{BLOB_MARKER_STREAM}.casemate.blob.marker.*",
+    f"$JS.API.DIRECT.GET.{HEAD_STREAM}.casemate.head.*",
+)
+
+WORKER_SERVICES: Final = (
+    *_SHARED_SERVICES,
+    *(f"$JS.API.CONSUMER.MSG.NEXT.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
+    *(f"$JS.ACK.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
+)
+"""What the gateway's account offers to the workers': blobs, job records, events, and pulling from the work queue."""
+
+_PURGEABLE: Final = (BLOB_STREAM, BLOB_MARKER_STREAM, HEAD_STREAM, *(work_stream(c) for c in RESOURCE_CLASSES))
+
+
+def gateway_permissions(user: str = "gateway") -> Permissions:
+    """The gateway sets up streams, carries jobs and blobs, follows events, and asks key brokers for approval."""
+    return Permissions(
+        publish=(
+            *(f"casemate.kb.*.{op}" for op in GATEWAY_OPS),
+            *_SHARED_SERVICES,
+            "casemate.work.*.*",
+            f"$KV.{NONCE_BUCKET}.*",
+            *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
+            *(f"$JS.API.STREAM.PURGE.{stream}" for stream in _PURGEABLE),
+            *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
+            f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
+            f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
+            f"$JS.API.DIRECT.GET.{EVENT_STREAM}",
+            f"$JS.FC.{JOB_STREAM}.>",
+        ),
+        subscribe=(
+            f"{inbox_prefix(user)}.>",
+            "casemate.event-stored.*",
+            *(max_deliveries_advisory(c) for c in RESOURCE_CLASSES),
+        ),
+    )
+
+
+def worker_permissions(user: str) -> Permissions:
+    """A worker uses the services offered to workers, and asks key brokers for keys."""
+    return Permissions(
+        publish=(*(f"casemate.kb.*.{op}" for op in WORKER_OPS), *WORKER_SERVICES),
+        subscribe=(f"{inbox_prefix(user)}.>",),
+    )
+
+
+def key_broker_permissions(key_broker_id: str) -> Permissions:
+    """A key broker hears its own requests and answers each once: no JetStream, no inbox, nothing of its own accord."""
+    return Permissions(subscribe=(f"{key_broker(key_broker_id)}.*",), allow_responses=True)
