@@ -1,0 +1,8 @@
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(7)
