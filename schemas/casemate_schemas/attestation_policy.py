@@ -1,6 +1,6 @@
 """What a consortium accepts as evidence: SEV-SNP roots, products, reference values, floors and bits.
 
-Field names follow AMD's *SEV Secure Nested Paging Firmware ABI Specification* (document 56860, revision 1.58), tables
+Field names follow AMD's *SEV Secure Nested Paging Firmware ABI Specification* (document 56860,), tables
 "ATTESTATION_REPORT", "GUEST_POLICY" and "PLATFORM_INFO"; roles follow RFC 9334.
 """
 

@@ -89,7 +89,7 @@ class Training(WireModel):
     optimizer: Optimizer
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     clipping_norm: Annotated[float, Field(ge=1e-6, le=1e6)]
-    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)]
+    noise_multiplier: Annotated[float, Field(ge=0.3, le=1e4)]
     mechanism: Literal["hardened"] = "hardened"
     max_physical_batch: Annotated[int, Field(ge=1, le=1 << 20)] = 1024
     checkpoint_every_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = 100

@@ -36,7 +36,8 @@ class PrivacyStatement(WireModel):
     neighbouring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
     unit: Literal["record"] = "record"
     owners: Annotated[tuple[OwnerPrivacy, ...], Field(min_length=1, max_length=MAX_DATASETS)]
-    person_epsilon: Annotated[float, Field(gt=0)]
+    person_epsilon: Annotated[float, Field(gt=0)] | None
+    """For a person with a record in each owner's data; None where no bound is known (more than 16 datasets)."""
     person_delta: Annotated[float, Field(gt=0)]
 
 

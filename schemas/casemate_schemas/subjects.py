@@ -8,7 +8,6 @@
     casemate.event-stored.<job>                   the same again, once stored: a wake-up for followers
     casemate.blob.chunk.<digest>.<upload>         chunks of ciphertext                stream BLOBS
     casemate.blob.marker.<digest>                 "this upload is the blob"           stream BLOB_MARKERS
-    casemate.envelope.<digest>                    an envelope's signed head           stream ENVELOPES
     casemate.head.<digest>                        signed heads of envelopes           stream ENVELOPE_HEADS
     $KV.jobs.<job>                                job records                         stream KV_jobs
     $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
@@ -52,7 +51,6 @@ WORKER_ACCOUNT: Final = "WORKERS"
 EVENT_STREAM: Final = "EVENTS"
 BLOB_STREAM: Final = "BLOBS"
 BLOB_MARKER_STREAM: Final = "BLOB_MARKERS"
-ENVELOPE_STREAM: Final = "ENVELOPES"
 HEAD_STREAM: Final = "ENVELOPE_HEADS"
 JOB_BUCKET: Final = "jobs"
 JOB_STREAM: Final = "KV_jobs"
@@ -116,11 +114,6 @@ def blob_chunk(digest_hex: str, upload_id: str) -> str:
 def blob_marker(digest_hex: str) -> str:
     """Subject of the message that makes one complete upload the blob."""
     return f"casemate.blob.marker.{token(digest_hex)}"
-
-
-def envelope(digest_hex: str) -> str:
-    """Subject of the signed head of a complete envelope."""
-    return f"casemate.envelope.{token(digest_hex)}"
 
 
 def head(digest_hex: str) -> str:

@@ -1,0 +1,165 @@
+"""The training process: no network, no secrets but its own inputs, one reason for every failure once it saw data.
+
+Run by :mod:`.executor` as ``python -I -m casemate_worker.child``; it cuts itself off before it imports anything large.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import TYPE_CHECKING, BinaryIO
+
+from casemate_schemas.codec import decode, digest_of, encode
+from casemate_schemas.dataset import DatasetCard
+from casemate_schemas.errors import CasemateError, MalformedError, TrainingError
+from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec
+from casemate_schemas.sections import unpack_sections
+
+from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame
+from .isolation import die_with_parent, isolate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .training.engine import OwnerData
+
+
+class Child:
+    """The conversation from the child's side, top to bottom in :meth:`run`."""
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+        self._source = source
+        self._sink = sink
+
+    def run(self) -> None:
+        """
+        1. Cut off from everything; say how.
+        2. Take spec and weights, build the model, check it against loss and pipeline: errors so far are about the model.
+        3. Take the datasets, then the checkpoint if there is one, and the seed.
+        4. Train; tell steps; hand over a checkpoint every so often.
+        5. Hand over the weights. From 3 on every failure is the same to the outside.
+        """
+        isolation = isolate()  # 1
+        try:
+            self._start()
+            self._send(b"R", isolation.encode())
+            spec, weights = self._take_model()  # 2
+            trainable = self._build(spec, weights)
+        except CasemateError as error:
+            self._send(b"E", encode(Failure(reason=error.reason, message=str(error)[:2000])))
+            return
+        self._send(b"R", b"")
+        try:
+            datasets, checkpoint, seed = self._take_data(spec)  # 3
+            self._train(spec, trainable, datasets, checkpoint, seed)  # 4, 5
+        except Exception:
+            self._send(b"E", encode(Failure(reason=TrainingError.reason, message="")))
+
+    def _start(self) -> None:
+        start = decode(Start, self._take(b"S"))
+        os.environ["OMP_NUM_THREADS"] = str(start.threads)
+        import torch
+
+        # The slow imports happen here, while the parent is still earning its keys.
+        from .training import engine  # noqa: F401
+
+        torch.set_num_threads(start.threads)
+
+    def _take_model(self) -> tuple[JobSpec, bytes]:
+        spec = decode(JobSpec, self._take(b"S"))
+        return spec, self._take_pieces(b"W", b"p")
+
+    def _build(self, spec: JobSpec, weights: bytes) -> nn.Module:
+        from casemate_models.building import build
+        from casemate_models.losses import check_loss
+
+        check_loss(spec.model, spec.plan.training.loss, spec.plan.pipeline)
+        return build(spec.model, weights)
+
+    def _take_data(self, spec: JobSpec) -> tuple[list[bytes], bytes, bytes]:
+        datasets = [self._take_pieces(b"D", b"d") for _ in spec.plan.datasets]
+        checkpoint = self._take_pieces(b"C", b"c")
+        return datasets, checkpoint, decode(Train, self._take(b"T")).seed
+
+    def _train(self, spec: JobSpec, model: nn.Module, datasets: list[bytes], checkpoint: bytes, seed: bytes) -> None:
+        from casemate_models.building import weights_of
+
+        from .training.engine import Trainer
+
+        plan = spec.plan
+        owners = [owner_data(spec, use, data) for use, data in zip(plan.datasets, datasets, strict=True)]
+        datasets.clear()
+        gc.collect()
+        trainer = Trainer(model, owners, plan.training, expected_batch=plan.expected_batch, seed=seed)
+        if checkpoint:
+            trainer.restore(checkpoint)
+        every, steps = plan.training.checkpoint_every_steps, plan.training.steps
+
+        def on_step(step: int) -> None:
+            self._send(b"P", encode(Progress(step=step)))
+            if step % every == 0 and step < steps:
+                self._send_pieces(b"c", trainer.state())
+                self._send(b"C", encode(Progress(step=step)))
+
+        trainer.run(on_step=on_step)
+        self._send_pieces(b"w", weights_of(model))
+        self._send(b"W", b"")
+
+    def _take(self, expected: bytes) -> bytes:
+        tag, payload = read_frame(self._source)
+        if tag != expected:
+            raise MalformedError("frames are out of order")
+        return payload
+
+    def _take_pieces(self, piece: bytes, end: bytes) -> bytes:
+        data = bytearray()
+        while True:
+            tag, payload = read_frame(self._source)
+            if tag == end:
+                return bytes(data)
+            if tag != piece:
+                raise MalformedError("frames are out of order")
+            data += payload
+
+    def _send(self, tag: bytes, payload: bytes | memoryview) -> None:
+        self._sink.write(frame(tag, payload))
+        self._sink.flush()
+
+    def _send_pieces(self, tag: bytes, data: bytes) -> None:
+        for piece in pieces(data):
+            self._send(tag, piece)
+
+
+def owner_data(spec: JobSpec, use: DatasetUse, plaintext: bytes) -> OwnerData:
+    """One owner's tensors: the card must be the one in the terms; values are clamped to its bounds.
+
+    Raises :class:`DatasetError` or :class:`MalformedError`.
+    """
+    import torch
+    from casemate_models.pipeline import check_pipeline, examples, read_columns
+
+    from .training.engine import OwnerData
+
+    sections = unpack_sections(plaintext, DATASET_SECTIONS)
+    card = decode(DatasetCard, bytes(sections["card"]))
+    if digest_of(card) != use.card:
+        raise MalformedError("the dataset's card is not the one in the terms")
+    check_pipeline(spec.plan.pipeline, card, spec.model.input_shape)
+    columns = read_columns(bytes(sections["columns"]), card, use.row_bound)
+    features, targets = examples(columns, card, spec.plan.pipeline, spec.model.input_shape)
+    return OwnerData(use.dataset, torch.as_tensor(features), torch.as_tensor(targets), use.sample_rate.fraction)
+
+
+def main() -> None:
+    """Talk over standard input and output; nothing else may reach either, or standard error."""
+    die_with_parent()
+    sink = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(null, descriptor)
+    Child(sys.stdin.buffer, sink).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The training process from the parent's side: started early, fed as plaintext comes out of envelopes, ended for sure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from casemate_schemas.codec import decode, encode
+from casemate_schemas.errors import CasemateError, MalformedError, TrainingError, error_from_reason
+from casemate_schemas.job import JobSpec
+
+from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame_async
+
+_MAX_WEIGHTS_BYTES: Final = 8 << 30
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """So many steps are done."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class CheckpointReady:
+    """The trainer's whole state after ``step``. Confidential."""
+
+    step: int
+    state: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The final weights, as safetensors."""
+
+    weights: bytes = field(repr=False)
+
+
+Report = StepDone | CheckpointReady | Trained
+
+
+class TrainingProcess:
+    """One child for one attempt. Use as an async context manager: leaving it kills the child."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise TrainingError("the training process has no pipes")
+        self._process = process
+        self._stdin = process.stdin
+        self._stdout = process.stdout
+        self.isolation = ""
+
+    @classmethod
+    async def start(cls, threads: int) -> Self:
+        """Starts the child, with an environment that holds nothing, and asks it to get ready; does not wait for that."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-m",
+            "casemate_worker.child",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"OMP_NUM_THREADS": str(threads)},
+            cwd="/",
+        )
+        child = cls(process)
+        child._stdin.write(frame(b"S", encode(Start(threads=threads))))
+        return child
+
+    @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    async def prepare(self, spec: JobSpec, weights: bytes | memoryview) -> None:
+        """Hands over the model; returns once it is built and checked.
+
+        Raises what the child found wrong with it (:class:`ModelError` and the like).
+        """
+        self.isolation = (await self._expect(b"R")).decode("ascii")
+        await self._write(b"S", encode(spec))
+        await self._write_pieces(b"W", pieces(weights))
+        await self._write(b"p", b"")
+        await self._expect(b"R")
+
+    async def feed(self, plaintext: AsyncIterator[bytes]) -> None:
+        """Streams one dataset's plaintext; datasets come in the order of the plan."""
+        async for part in plaintext:
+            await self._write_pieces(b"D", pieces(part))
+        await self._write(b"d", b"")
+
+    async def train(self, seed: bytes, checkpoint: bytes | None) -> AsyncIterator[Report]:
+        """Starts training, from ``checkpoint`` if there is one, and reports until :class:`Trained`.
+
+        Raises :class:`TrainingError`, and nothing that tells more.
+        """
+        await self._write_pieces(b"C", pieces(checkpoint or b""))
+        await self._write(b"c", b"")
+        await self._write(b"T", encode(Train(seed=seed)))
+        parts = bytearray()
+        while True:
+            tag, payload = await self._next()
+            if tag == b"P":
+                yield StepDone(decode(Progress, payload).step)
+            elif tag in (b"c", b"w"):
+                parts += payload
+                if len(parts) > _MAX_WEIGHTS_BYTES:
+                    raise TrainingError("the training process sends too much")
+            elif tag == b"C":
+                yield CheckpointReady(decode(Progress, payload).step, bytes(parts))
+                parts.clear()
+            elif tag == b"W":
+                yield Trained(bytes(parts))
+                return
+            else:
+                raise TrainingError("the training process is out of step")
+
+    async def close(self) -> None:
+        """Kills the child if it is still there, and waits for its end."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, 9)
+        self._stdin.close()
+        await self._process.wait()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _expect(self, tag: bytes) -> bytes:
+        got, payload = await self._next()
+        if got != tag:
+            raise TrainingError("the training process is out of step")
+        return payload
+
+    async def _next(self) -> tuple[bytes, bytes]:
+        try:
+            tag, payload = await read_frame_async(self._stdout)
+        except MalformedError as error:
+            raise TrainingError("the training process ended") from error
+        if tag == b"E":
+            failure = decode(Failure, payload)
+            raise error_from_reason(failure.reason, failure.message or "training failed")
+        return tag, payload
+
+    async def _write(self, tag: bytes, payload: bytes | memoryview) -> None:
+        try:
+            self._stdin.write(frame(tag, payload))
+            await self._stdin.drain()
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise await self._reason(error) from error
+
+    async def _write_pieces(self, tag: bytes, parts: Iterable[memoryview]) -> None:
+        for part in parts:
+            await self._write(tag, part)
+
+    async def _reason(self, error: BaseException) -> CasemateError:
+        """What the child said before it closed its end, if it said something."""
+        with contextlib.suppress(TrainingError):
+            while True:
+                try:
+                    await self._next()
+                except TrainingError:
+                    raise
+                except CasemateError as told:
+                    return told
+        return TrainingError("the training process ended")

@@ -1,0 +1,38 @@
+"""What an operator tells a worker. Nothing here is secret, and nothing here can weaken what key brokers demand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from casemate_schemas.codec import Name
+from pydantic import Field, StringConstraints
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Settings(BaseSettings):
+    """Settings of ``casemate-worker``: a TOML file, and environment variables ``CASEMATE_WORKER_…`` on top."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="CASEMATE_WORKER_", frozen=True, extra="forbid"
+    )
+
+    name: Name
+    """Also the NATS user that permissions were made for."""
+    nats_url: str
+    nats_seed_file: Path
+    consortium: HexDigest
+    manifest_file: Path
+    guest: Literal["configfs", "simulated"] = "configfs"
+    simulated_chip_socket: Path | None = None
+    scratch_dir: Path
+    """Where ciphertext may be buffered; plaintext never touches a disk."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
+    """How often a delivery is kept alive and the job's record looked at."""
+    pull_wait_s: Annotated[float, Field(gt=0, le=300)] = 5.0
+    rpc_timeout_s: Annotated[float, Field(gt=0, le=300)] = 30.0
+    retry_delay_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    """How long a job waits before another try when a key broker or NATS could not be reached."""

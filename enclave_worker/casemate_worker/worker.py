@@ -1,0 +1,369 @@
+"""The worker: takes a job from the queue, earns its keys, trains, commits, releases. It trusts none of what carries it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Final
+
+from casemate_attestation.guest import GuestDriver
+from casemate_messaging.blobs import BlobStore
+from casemate_messaging.envelopes import EnvelopeStore
+from casemate_messaging.events import EventLog
+from casemate_messaging.jobs import JobStore
+from casemate_messaging.logs import EventLog as ProgramLog
+from casemate_messaging.queue import Delivery, WorkQueue
+from casemate_messaging.rpc import call
+from casemate_privacy.statement import planned_epsilon, privacy_statement
+from casemate_schemas.codec import encode
+from casemate_schemas.consortium import Consortium
+from casemate_schemas.errors import (
+    CasemateError,
+    ConflictError,
+    IntegrityError,
+    NotFoundError,
+    ReleaseError,
+    SealError,
+    SetupError,
+    StateError,
+    TrainingError,
+    UnavailableError,
+    problem_of,
+)
+from casemate_schemas.evidence import Evidence
+from casemate_schemas.job_state import (
+    TERMINAL,
+    JobRecord,
+    JobState,
+    advance,
+    check_attempt,
+    event_of,
+    revise,
+)
+from casemate_schemas.result import ResultManifest
+from casemate_schemas.sections import pack_sections
+from casemate_schemas.subjects import WorkerOp, key_broker_op
+from nats.aio.client import Client
+
+from .attempt import Attempt, begin_attempt
+from .evidence import gather_evidence
+from .executor import CheckpointReady, StepDone, Trained, TrainingProcess
+from .isolation import SECCOMP
+from .job_input import OpenedJob, open_dataset, open_job
+from .key_schedule import attempt_seed, fresh_entropy
+from .keys import Keys, committed_digest, request_grant
+from .sealed_output import SealedOutput, commit, granted, release
+from .settings import Settings
+
+_EVENT_INTERVAL_S: Final = 0.25
+
+
+class Worker:
+    """One worker, one job at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        client: Client,
+        consortium: Consortium,
+        guest: GuestDriver,
+        *,
+        clock: Callable[[], int],
+        log: ProgramLog,
+    ) -> None:
+        self._settings = settings
+        self._client = client
+        self._consortium = consortium
+        self._guest = guest
+        self._clock = clock
+        self._log = log
+        self._queue = WorkQueue(client)
+        self._jobs = JobStore(client)
+        self._events = EventLog(client)
+        self._store = EnvelopeStore(client, BlobStore(client))
+        self._output = SealedOutput(self._store, consortium, settings.scratch_dir)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Handles deliveries until ``stop`` is set; one under way is given up then, and delivered to another."""
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            while not stop.is_set():
+                turn = asyncio.create_task(self._turn())
+                await asyncio.wait({turn, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not turn.done():
+                    turn.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await turn
+        finally:
+            stopped.cancel()
+            await self._queue.close()
+
+    async def _turn(self) -> None:
+        try:
+            delivery = await self._queue.pull(self._settings.pull_wait_s)
+        except UnavailableError as error:
+            self._log.warning("pull_failed", reason=error.reason)
+            await asyncio.sleep(self._settings.retry_delay_s)
+            return
+        if delivery is not None:
+            await self.handle(delivery)
+
+    async def handle(self, delivery: Delivery) -> None:
+        """One delivery, from claim to ack.
+
+        1. Claim the job by compare-and-set: this starts the next attempt, and shuts out every earlier one.
+        2. Work on it, keeping the delivery alive, until done, cancelled or superseded.
+        3. Acknowledge last; or let the kind of error decide what becomes of job and delivery.
+        """
+        record: JobRecord | None = None
+        try:
+            record = await self._claim(delivery)  # 1
+            if record is not None:
+                await self._watched(delivery, record)  # 2
+                await delivery.ack()  # 3
+        except CasemateError as error:
+            await self._give_up(delivery, record, error)
+        except Exception as error:
+            # Whatever nobody foresaw: say its class, leave the delivery to time out and go to another worker.
+            self._log.error("delivery_failed", job_id=delivery.job_id, error=type(error).__name__)
+
+    async def _work(self, record: JobRecord) -> None:
+        """The straight road of one attempt (docs/protocol.md, "One job").
+
+        1. Fresh keys; evidence that holds every key broker's nonce.
+        2. The job's key; open the job; submitter, spec, terms and routing must agree.
+        3. Build the model in the training process: a bad one is refused before any budget is touched.
+        4. The owners' Grants, each with its reservation.
+        5. Train, unless a predecessor's result is committed already; upload it for no recipient to read.
+        6. Commit: every key broker's receipt for this one result.
+        7. Release: the recipients' keys.
+        """
+        attempt = begin_attempt(record, self._consortium)
+        async with await TrainingProcess.start(self._settings.threads) as child:
+            keys = Keys()
+            evidence = await gather_evidence(attempt, self._consortium, self._guest, self._ask)  # 1
+            await self._grant(attempt.routing.job_key_broker, attempt, evidence, keys)  # 2
+            job = await open_job(record, attempt, keys, self._store, self._consortium)
+            await child.prepare(job.spec, job.weights)  # 3
+            self._check_isolation(child)
+            owners = [name for name in job.terms.terms.key_brokers if name not in keys.grants]
+            await asyncio.gather(*(self._grant(name, attempt, evidence, keys) for name in owners))  # 4
+            await self._move(attempt, "running", step=0, steps=job.spec.plan.training.steps)
+            result = committed_digest(keys, job.terms.terms)
+            if result is None:
+                result = await self._train(record, attempt, job, evidence, keys, child)  # 5
+        header, content_key = await self._output.content_key(result, "result", keys.resume_key(job.terms.digest))
+        await self._move(attempt, "committing", upload=result)
+        receipts = await commit(job.terms, attempt, result, self._consortium, self._ask)  # 6
+        opened = release(job.terms, attempt, evidence, keys, receipts, header, content_key, at=self._clock())  # 7
+        await self._move(attempt, "sealed", release=encode(opened))
+
+    async def _train(
+        self,
+        record: JobRecord,
+        attempt: Attempt,
+        job: OpenedJob,
+        evidence: Evidence,
+        keys: Keys,
+        child: TrainingProcess,
+    ) -> bytes:
+        """Datasets in, checkpoints out, and at the end the uploaded result's digest."""
+        for use in job.spec.plan.datasets:
+            await child.feed(open_dataset(use, keys, self._store, self._consortium))
+        resume_key = keys.resume_key(job.terms.digest)
+        seed = attempt_seed(keys.shares, job.terms.digest, attempt.number, fresh_entropy())
+        progress = _Throttle(_EVENT_INTERVAL_S)
+        async for report in child.train(seed, await self._last_checkpoint(record, resume_key)):
+            match report:
+                case StepDone(step) if progress.due():
+                    await self._tell(attempt, job, step)
+                case CheckpointReady(step, state):
+                    digest = await self._output.put("checkpoint", [state], attempt, resume_key, created=self._clock())
+                    await self._revise(attempt, checkpoint=digest)
+                    self._log.info("checkpoint", job_id=attempt.job_id, attempt=attempt.number, step=step)
+                case Trained(weights):
+                    return await self._upload(attempt, job, evidence, keys, child, weights)
+        raise TrainingError("the training process ended without weights")
+
+    async def _upload(
+        self,
+        attempt: Attempt,
+        job: OpenedJob,
+        evidence: Evidence,
+        keys: Keys,
+        child: TrainingProcess,
+        weights: bytes,
+    ) -> bytes:
+        """The result envelope, sealed under the resume key alone; its digest."""
+        plan = job.spec.plan
+        await self._tell(attempt, job, plan.training.steps)
+        manifest = ResultManifest(
+            consortium=self._consortium.id,
+            job_id=attempt.job_id,
+            simulation=self._consortium.manifest.simulation,
+            terms=job.signed_terms,
+            evidence=evidence,
+            grants=granted(keys, job.terms.terms),
+            privacy=await asyncio.to_thread(privacy_statement, plan),
+            software=_software(),
+            isolation=child.isolation,
+            finished=self._clock(),
+        )
+        plaintext = pack_sections({"manifest": encode(manifest), "weights": weights})
+        resume_key = keys.resume_key(job.terms.digest)
+        return await self._output.put("result", [plaintext], attempt, resume_key, created=self._clock())
+
+    async def _last_checkpoint(self, record: JobRecord, resume_key: bytes) -> bytes | None:
+        """The newest checkpoint of an earlier attempt, if the record names one that opens; else start from the beginning."""
+        if record.checkpoint is None:
+            return None
+        try:
+            return await self._output.open(record.checkpoint, "checkpoint", resume_key)
+        except (SealError, NotFoundError, IntegrityError) as error:
+            self._log.warning("checkpoint_unusable", job_id=record.job_id, reason=error.reason)
+            return None
+
+    # --- key brokers ---
+
+    async def _grant(self, name: str, attempt: Attempt, evidence: Evidence, keys: Keys) -> None:
+        header = await request_grant(name, attempt, evidence, self._consortium, self._ask, keys)
+        self._log.info("granted", job_id=header.job_id, attempt=header.attempt, key_broker=name)
+
+    async def _ask(self, name: str, op: WorkerOp, request: bytes) -> bytes:
+        return await call(self._client, key_broker_op(name, op), request, self._settings.rpc_timeout_s)
+
+    def _check_isolation(self, child: TrainingProcess) -> None:
+        """Outside simulation data is never opened by a process that could reach a network."""
+        if child.isolation != SECCOMP and not self._consortium.manifest.simulation:
+            raise SetupError("the training process could not be cut off from the network on this system")
+
+    # --- the record ---
+
+    async def _claim(self, delivery: Delivery) -> JobRecord | None:
+        """The record, claimed for the next attempt; None if there is nothing (or not yet anything) to do."""
+
+        def claim(record: JobRecord) -> JobRecord:
+            if record.state in TERMINAL or record.state == "awaiting_approval":
+                return record
+            if record.deadline is not None and record.state != "committing" and self._clock() > record.deadline:
+                return advance(record, "expired", now_ms=self._clock(), reason="deadline_passed")
+            return advance(record, "claimed", now_ms=self._clock(), worker=self._settings.name)
+
+        record = await self._jobs.change(delivery.job_id, claim)
+        if record.state == "awaiting_approval":
+            await delivery.nak(self._settings.retry_delay_s)
+            return None
+        if record.state in TERMINAL:
+            await self._events.publish(event_of(record))
+            await delivery.ack()
+            return None
+        self._log.info("claimed", job_id=record.job_id, attempt=record.attempt)
+        await self._events.publish(event_of(record))
+        return record
+
+    async def _move(self, attempt: Attempt, state: JobState, **changes: object) -> None:
+        """Moves the job on, unless this attempt has been superseded, and tells it."""
+
+        def move(record: JobRecord) -> JobRecord:
+            check_attempt(record, worker=self._settings.name, attempt=attempt.number)
+            return advance(record, state, now_ms=self._clock(), **changes)
+
+        record = await self._jobs.change(attempt.job_id, move)
+        await self._events.publish(event_of(record))
+        self._log.info("job", job_id=record.job_id, attempt=record.attempt, state=record.state)
+
+    async def _revise(self, attempt: Attempt, **changes: object) -> JobRecord:
+        def change(record: JobRecord) -> JobRecord:
+            check_attempt(record, worker=self._settings.name, attempt=attempt.number)
+            return revise(record, now_ms=self._clock(), **changes)
+
+        return await self._jobs.change(attempt.job_id, change)
+
+    async def _tell(self, attempt: Attempt, job: OpenedJob, step: int) -> None:
+        """Step and planned epsilon: all that may be known before the commit."""
+        epsilon = await asyncio.to_thread(planned_epsilon, job.spec.plan, step)
+        record = await self._revise(attempt, step=step, epsilon=epsilon)
+        await self._events.publish(event_of(record))
+
+    async def _watched(self, delivery: Delivery, record: JobRecord) -> None:
+        """Works on the job for as long as it is this worker's: a cancelled or superseded attempt ends at once."""
+        work = asyncio.create_task(self._work(record))
+        watch: asyncio.Task[None] = asyncio.create_task(self._watch(delivery, record))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                watch.result()
+            await work
+        finally:
+            await _ended(work, watch)
+
+    async def _watch(self, delivery: Delivery, record: JobRecord) -> None:
+        """Keeps the delivery alive. Raises :class:`ConflictError` or :class:`StateError` when the job is no longer ours."""
+        while True:
+            await asyncio.sleep(self._settings.heartbeat_s)
+            try:
+                await delivery.in_progress()
+                current, _ = await self._jobs.get(record.job_id)
+            except UnavailableError as error:
+                self._log.warning("heartbeat_failed", job_id=record.job_id, reason=error.reason)
+                continue
+            check_attempt(current, worker=self._settings.name, attempt=record.attempt)
+            if current.state in TERMINAL and current.state != "sealed":
+                raise StateError(f"the job was ended as {current.state}")
+
+    async def _give_up(self, delivery: Delivery, record: JobRecord | None, error: CasemateError) -> None:
+        """What the error table says: end the job, hand it back, or leave it to time out."""
+        fate = problem_of(error).delivery
+        attempt = 0 if record is None else record.attempt
+        self._log.warning("gave_up", job_id=delivery.job_id, attempt=attempt, reason=error.reason, state=fate)
+        with contextlib.suppress(CasemateError):
+            if isinstance(error, StateError):  # ended by somebody else: nothing is left to do
+                await delivery.ack()
+            elif fate == "term":
+                if record is not None:
+                    await self._end(record, error)
+                await delivery.ack()
+            elif fate == "nak":
+                await delivery.nak(self._settings.retry_delay_s)
+
+    async def _end(self, record: JobRecord, error: CasemateError) -> None:
+        """Refused, or failed once data was opened. The reason code is all that anyone learns."""
+        state: JobState = "failed" if isinstance(error, TrainingError | ReleaseError) else "refused"
+
+        def end(current: JobRecord) -> JobRecord:
+            check_attempt(current, worker=self._settings.name, attempt=record.attempt)
+            return advance(current, state, now_ms=self._clock(), reason=error.reason)
+
+        with contextlib.suppress(ConflictError):
+            await self._events.publish(event_of(await self._jobs.change(record.job_id, end)))
+
+
+class _Throttle:
+    """Says yes at most once an interval."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Whether the interval since the last yes is over."""
+        now = asyncio.get_running_loop().time()
+        if now < self._next:
+            return False
+        self._next = now + self._interval_s
+        return True
+
+
+async def _ended(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _software() -> dict[str, str]:
+    """Versions that the computation depends on."""
+    packages = ("casemate", "torch", "opacus", "dp-accounting", "cryptography")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
