@@ -1,0 +1,73 @@
+"""What the commands share: where the gateway is, who asks, and the word that must stand on every simulated screen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from casemate.client import Consortium, connect
+
+_T = TypeVar("_T")
+
+SIMULATED = "[bold white on red] SIMULATED [/] attestation: no real chip protects this consortium"
+
+
+def connected(command: Callable[..., Awaitable[int | None]]) -> Callable[..., int | None]:
+    """Gives a command the connection options, and calls it with ``consortium`` and ``console`` first."""
+
+    @click.option("--url", envvar="CASEMATE_URL", required=True, help="The gateway's URL (CASEMATE_URL).")
+    @identity_option
+    @click.option(
+        "--consortium", "consortium_id", envvar="CASEMATE_CONSORTIUM", help="The consortium's id, to insist on."
+    )
+    @click.option(
+        "--state-dir", envvar="CASEMATE_STATE_DIR", type=click.Path(file_okay=False), help="Where pins are kept."
+    )
+    @wraps(command)
+    def run(
+        *args: Any, url: str, identity: str, consortium_id: str | None, state_dir: str | None, **options: Any
+    ) -> int | None:
+        async def body() -> int | None:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", UserWarning)
+                async with connect(url, identity=identity, consortium=consortium_id, state_dir=state_dir) as consortium:
+                    console = _greet(consortium, [str(item.message) for item in told])
+                    return await command(consortium, console, *args, **options)
+
+        return asyncio.run(body())
+
+    return run
+
+
+def identity_option(command: Callable[..., _T]) -> Callable[..., _T]:
+    """``--identity``, a private key file."""
+    option = click.option(
+        "--identity",
+        envvar="CASEMATE_IDENTITY",
+        required=True,
+        type=click.Path(exists=True, dir_okay=False),
+        help="Your private key file (CASEMATE_IDENTITY).",
+    )
+    return option(command)
+
+
+def say_simulated(console: Console, simulation: bool) -> None:
+    """The word, in plain sight."""
+    if simulation:
+        console.print(SIMULATED)
+
+
+def _greet(consortium: Consortium, told: list[str]) -> Console:
+    notices = Console(stderr=True)
+    for message in told:
+        notices.print(message, style="yellow", markup=False)
+    console = Console(width=None if os.isatty(1) else 160)
+    say_simulated(console, consortium.simulation)
+    return console

@@ -1,0 +1,183 @@
+"""``casemate jobs submit|status|watch|cancel|list``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from casemate_schemas.api import JobStatus
+from casemate_schemas.errors import CasemateError, SetupError
+from casemate_schemas.pipeline import Loss
+from rich.console import Console
+from rich.table import Table
+
+from casemate._http import printable
+from casemate.client import Consortium
+from casemate.parameters import SGD, Adam, Privacy
+
+from .common import connected
+
+_LOSSES = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
+
+
+_MODEL_HELP = (
+    "Your own file and the function in it that returns the torch.nn.Module. "
+    "It is run here, like any script of yours; its code is never sent."
+)
+
+
+@click.group()
+def jobs() -> None:
+    """Submit, watch, list and cancel jobs."""
+
+
+@jobs.command()
+@click.option(
+    "--model",
+    required=True,
+    metavar="FILE.py:FUNCTION",
+    help=_MODEL_HELP,
+)
+@click.option("--dataset", "datasets", required=True, multiple=True, metavar="NAME@OWNER")
+@click.option("--target", required=True, help="The column to predict.")
+@click.option("--feature", "features", multiple=True, help="All columns but the target if not given.")
+@click.option("--epsilon", required=True, type=float)
+@click.option("--delta", required=True, type=float)
+@click.option("--clipping-norm", default=1.0, show_default=True, type=float)
+@click.option("--batch-size", required=True, type=int)
+@click.option("--epochs", type=float)
+@click.option("--steps", type=int)
+@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
+@click.option("--lr", required=True, type=float)
+@click.option("--loss", type=click.Choice(_LOSSES))
+@click.option("--purpose", default="research", show_default=True)
+@click.option("--deadline-s", default=24 * 3600.0, show_default=True, type=float)
+@click.option("--job-id", help="32 hexadecimal digits; the same job again under its id is the same job.")
+@click.option("--watch/--no-watch", "watching", default=False, help="Stay until it ends.")
+@connected
+async def submit(
+    consortium: Consortium,
+    console: Console,
+    *,
+    model: str,
+    datasets: tuple[str, ...],
+    target: str,
+    features: tuple[str, ...],
+    epsilon: float,
+    delta: float,
+    clipping_norm: float,
+    batch_size: int,
+    epochs: float | None,
+    steps: int | None,
+    optimizer: Literal["sgd", "adam"],
+    lr: float,
+    loss: Loss | None,
+    purpose: str,
+    deadline_s: float,
+    job_id: str | None,
+    watching: bool,
+) -> int:
+    """Plan, seal and submit a training job; prints its id."""
+    job = await consortium.train(
+        model=load_model(model),
+        datasets=datasets,
+        target=target,
+        features=features or None,
+        privacy=Privacy(epsilon, delta, clipping_norm),
+        optimizer=SGD(lr=lr) if optimizer == "sgd" else Adam(lr=lr),
+        batch_size=batch_size,
+        epochs=epochs,
+        steps=steps,
+        loss=loss,
+        purpose=purpose,
+        deadline_s=deadline_s,
+        job_id=job_id,
+    )
+    click.echo(job.id)
+    return _outcome(await job.watch(console=console)) if watching else 0
+
+
+@jobs.command()
+@click.argument("job_id")
+@connected
+async def status(consortium: Consortium, console: Console, job_id: str) -> int:
+    """Where a job is, and what each key broker said."""
+    job = await consortium.job(job_id)
+    found = await job.status()
+    console.print(_table([found]))
+    for name, words in job.refusals(found).items():
+        console.print(f"{name} refused: {words}", markup=False)
+    return _outcome(found)
+
+
+@jobs.command()
+@click.argument("job_id")
+@connected
+async def watch(consortium: Consortium, console: Console, job_id: str) -> int:
+    """Follow a job until it ends."""
+    return _outcome(await (await consortium.job(job_id)).watch(console=console))
+
+
+@jobs.command()
+@click.argument("job_id")
+@connected
+async def cancel(consortium: Consortium, console: Console, job_id: str) -> None:
+    """Call a job off."""
+    console.print(_table([await (await consortium.job(job_id)).cancel()]))
+
+
+@jobs.command("list")
+@connected
+async def list_(consortium: Consortium, console: Console) -> None:
+    """The jobs that your member submitted, newest first."""
+    console.print(_table(list(await consortium.jobs())))
+
+
+def load_model(where: str) -> Any:
+    """What the user's own function in the user's own file returns. Raises :class:`SetupError`.
+
+    This runs the file, as ``python FILE.py`` would: it is the user's own code on the user's own machine.
+    """
+    file, _, function = where.rpartition(":")
+    path = Path(file)
+    if not function.isidentifier() or path.suffix != ".py" or not path.is_file():
+        raise SetupError(f"--model: expected FILE.py:FUNCTION of a file that exists, got {where!r}")
+    spec = importlib.util.spec_from_file_location(f"_casemate_model_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise SetupError(f"--model: {path} cannot be loaded")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, function)()
+    except CasemateError:
+        raise
+    except Exception as error:
+        raise SetupError(f"--model: {where} failed: {type(error).__name__}: {error}") from error
+
+
+def _outcome(found: JobStatus) -> int:
+    return 1 if found.state in ("refused", "failed", "cancelled", "expired") else 0
+
+
+def _table(found: list[JobStatus]) -> Table:
+    table = Table()
+    for column in ("job", "state", "step", "planned ε", "attempt", "key brokers", "reason", "created"):
+        table.add_column(column)
+    for job in found:
+        approvals = ", ".join(f"{printable(a.key_broker)} {printable(a.verdict)}" for a in job.approvals)
+        table.add_row(
+            job.job_id,
+            job.state,
+            f"{job.step}/{job.steps}" if job.step is not None else "",
+            f"{job.epsilon:.3f}" if job.epsilon is not None else "",
+            str(job.attempt),
+            approvals,
+            printable(job.reason or ""),
+            datetime.fromtimestamp(job.created / 1000, UTC).isoformat(timespec="seconds"),
+        )
+    return table

@@ -1,0 +1,228 @@
+"""Datasets: what a scientist may list, what a steward pushes, and what is left of a privacy budget."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+import numpy as np
+from casemate_schemas import api
+from casemate_schemas import dataset as _wire_dataset
+from casemate_schemas import licence as _wire_licence
+from casemate_schemas.codec import digest_of, encode
+from casemate_schemas.consortium import KeyBroker
+from casemate_schemas.dataset import Column, DatasetCard
+from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, EnvelopeKind, frame_head
+from casemate_schemas.errors import DatasetError, LicenceError, ManifestError, SealError, UnavailableError
+from casemate_schemas.job import DATASET_SECTIONS
+from casemate_schemas.licence import Licence
+from casemate_schemas.requests import (
+    Budget,
+    DatasetListing,
+    DatasetOffer,
+    DatasetRegistered,
+    ListDatasets,
+    RegisterDataset,
+    ShowBudget,
+)
+from casemate_schemas.sealing import EnvelopeSealer
+from casemate_schemas.sections import pack_sections
+from casemate_schemas.signatures import sign
+
+from ._http import MAX_JSON_BYTES, FileBody, printable, read_json
+from ._session import Session
+from .parameters import to_wire
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SIMULATED: Final = "SIMULATED attestation: no real chip protects this consortium"
+
+_FEED_BYTES: Final = 4 << 20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset that the person may list: its card, its licence and what is left of its budget."""
+
+    offer: DatasetOffer
+    licence: Licence
+    simulation: bool
+
+    @property
+    def id(self) -> str:
+        """``name@owner``."""
+        return self.card.id
+
+    @property
+    def card(self) -> DatasetCard:
+        """What its owner declares."""
+        return self.offer.card
+
+    @property
+    def epsilon_remaining(self) -> float:
+        """What the owner's filter leaves of the licence's epsilon."""
+        return self.offer.epsilon_remaining
+
+    def __str__(self) -> str:
+        card, licence = self.card, self.licence
+        lines = [
+            f"{card.id}   {printable(card.description, 100)}".rstrip(),
+            f"  at most {card.row_bound:,} rows, one privacy unit a {card.privacy_unit}",
+            f"  ε {self.epsilon_remaining:.4g} of {licence.epsilon:g} left at δ {licence.delta:g}, "
+            f"at most {licence.epsilon_per_job:g} a job",
+            *(f"  {_describe(column)}" for column in card.columns),
+        ]
+        return "\n".join([*lines, f"  {SIMULATED}"] if self.simulation else lines)
+
+
+@dataclass(frozen=True)
+class Datasets(Sequence[Dataset]):
+    """The datasets that could be listed, by id; ``unavailable`` says of which key brokers nothing was heard, and why."""
+
+    items: tuple[Dataset, ...]
+    unavailable: Mapping[str, str]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Dataset]:
+        return iter(self.items)
+
+    def __str__(self) -> str:
+        missing = [f"(key broker {name} did not answer: {why})" for name, why in sorted(self.unavailable.items())]
+        return "\n".join([*map(str, self.items), *missing]) or "no datasets"
+
+
+async def list_datasets(session: Session, brokers: Iterable[KeyBroker] | None = None) -> Datasets:
+    """What all key brokers (or these) let the person list. They are asked at once; each listing is checked by itself.
+
+    A key broker that is away is named in the answer. Raises the typed error of one that answers wrongly.
+    """
+    asked = tuple(session.consortium.manifest.key_brokers if brokers is None else brokers)
+    answers = await asyncio.gather(
+        *(session.ask(broker, ListDatasets(), DatasetListing) for broker in asked), return_exceptions=True
+    )
+    found: list[Dataset] = []
+    unavailable: dict[str, str] = {}
+    for broker, answer in zip(asked, answers, strict=True):
+        if isinstance(answer, UnavailableError):
+            unavailable[broker.id] = str(answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            found += (_checked(session, broker, offer) for offer in answer.datasets)
+    return Datasets(tuple(sorted(found, key=lambda item: item.id)), unavailable)
+
+
+async def find_datasets(session: Session, ids: Sequence[str]) -> tuple[Dataset, ...]:
+    """The datasets of these ids, sorted by id. Raises :class:`DatasetError` for one that may not be listed."""
+    manifest = session.consortium.manifest
+    owners = {dataset_id.partition("@")[2] for dataset_id in ids}
+    brokers = {broker.id: broker for broker in map(manifest.key_broker_of, sorted(owners))}
+    listed = await list_datasets(session, brokers.values())
+    if listed.unavailable:
+        raise UnavailableError(f"no answer from key broker {', '.join(listed.unavailable)}")
+    by_id = {item.id: item for item in listed}
+    if missing := sorted(set(ids) - by_id.keys()):
+        raise DatasetError(f"no dataset {missing[0]!r} that you may list; there are: {', '.join(by_id) or 'none'}")
+    return tuple(by_id[dataset_id] for dataset_id in sorted(set(ids)))
+
+
+async def push(
+    session: Session, columns: Mapping[str, Array], card: DatasetCard, licence: Licence
+) -> DatasetRegistered:
+    """Seal a dataset to its owner's key broker, upload the ciphertext and register it under the licence.
+
+    1. The columns fit the card: names, dtypes, shapes, rows; and the licence is for this dataset.
+    2. Card and columns are sealed chunk by chunk into a temporary file of ciphertext, and uploaded.
+    3. The key broker takes version and signed licence.
+
+    Raises :class:`DatasetError`, :class:`LicenceError`, or what the key broker refuses with.
+    """
+    from casemate_models.pipeline import write_columns
+
+    card, licence = to_wire(_wire_dataset.DatasetCard, card), to_wire(_wire_licence.Licence, licence)
+    if licence.dataset != card.id:  # 1
+        raise LicenceError(f"the licence is for {licence.dataset}, the card for {card.id}")
+    if odd := sorted(columns.keys() ^ {column.name for column in card.columns}):
+        raise DatasetError(f"column '{odd[0]}' is on the card or in the data, but not in both")
+    broker = session.consortium.manifest.key_broker_of(card.owner)
+    data = await asyncio.to_thread(write_columns, {name: np.asarray(a) for name, a in columns.items()}, card)
+    sections = dict(zip(DATASET_SECTIONS, (encode(card), data), strict=True))
+    uploaded = await upload_sealed(session, "dataset", sections, broker)  # 2
+    register = RegisterDataset(
+        card=card, licence=sign(licence, session.identity.keys.signing), head=uploaded.signed_head
+    )
+    return await session.ask(broker, register, DatasetRegistered)  # 3
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """An envelope that the gateway has stored: its signed head and the digest that names it."""
+
+    signed_head: bytes
+    digest: bytes
+
+
+async def upload_sealed(
+    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], broker: KeyBroker
+) -> Uploaded:
+    """Seal sections to a key broker and upload the envelope. Only ciphertext meets the disk.
+
+    Raises :class:`SealError` if the gateway says that it stored another envelope, or the typed error of its problem.
+    """
+    with tempfile.TemporaryFile() as file:
+        framed, digest = await asyncio.to_thread(_seal_to_file, session, kind, sections, broker, file)
+        body = await asyncio.to_thread(FileBody, framed, file)
+        answer = await session.gateway.post(api.ENVELOPES_PATH, body, max_bytes=MAX_JSON_BYTES)
+    if read_json(api.EnvelopeStored, answer.body).envelope != digest.hex():
+        raise SealError("the gateway says that it stored another envelope than was sent")
+    return Uploaded(framed[PREFIX_BYTES:], digest)
+
+
+def _seal_to_file(
+    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], broker: KeyBroker, file: IO[bytes]
+) -> tuple[bytes, bytes]:
+    """Ciphertext into ``file``; returns all that precedes it in the envelope, and the envelope's digest."""
+    keys = session.identity.keys
+    sealer = EnvelopeSealer(kind, consortium=session.consortium.id, sender=keys.signing.public, created=session.clock())
+    plaintext = memoryview(pack_sections(sections))
+    for start in range(0, len(plaintext), _FEED_BYTES):
+        for chunk in sealer.update(plaintext[start : start + _FEED_BYTES]):
+            file.write(chunk)
+    file.write(sealer.finish())
+    header = sealer.header()
+    sealed = (sealer.content_key.seal_to(broker.sealing_key, header),)
+    return frame_head(EnvelopeHead(header=header, sealed_keys=sealed), keys.signing), header.digest
+
+
+async def show_budget(session: Session, dataset_id: str) -> Budget:
+    """The owner's view of a dataset's ledger. Raises the typed error of the key broker's refusal."""
+    owner = dataset_id.partition("@")[2]
+    broker = session.consortium.manifest.key_broker_of(owner)
+    return await session.ask(broker, ShowBudget(dataset=dataset_id), Budget)
+
+
+def _checked(session: Session, broker: KeyBroker, offer: DatasetOffer) -> Dataset:
+    """The offer, if this key broker may make it and card, licence and digests agree."""
+    card = offer.card
+    if card.owner not in broker.serves or offer.key_broker != broker.id:
+        raise ManifestError(f"key broker {broker.id} offers {card.id}, whose owner it does not serve")
+    if digest_of(card) != offer.card_digest:
+        raise DatasetError(f"the card of {card.id} does not have the digest its key broker says")
+    licence = offer.licence.verify(Licence, offer.licence.signer)
+    if licence.dataset != card.id:
+        raise LicenceError(f"the licence offered with {card.id} is for {licence.dataset}")
+    return Dataset(offer, licence, session.simulation)
+
+
+def _describe(column: Column) -> str:
+    shape = f"[{', '.join(map(str, column.shape))}]" if column.shape else ""
+    unit = f" {printable(column.unit)}" if column.unit else ""
+    return f"{column.name}: {column.dtype}{shape} in [{column.lower:g}, {column.upper:g}]{unit}"

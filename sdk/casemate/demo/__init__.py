@@ -1,0 +1,1 @@
+"""The demonstration: three hospitals and one scientist, real patient records, SIMULATED attestation."""

@@ -1,0 +1,116 @@
+"""What users fill in: the wire models under their public names, and privacy parameters with the clipping norm beside them.
+
+A value out of its range raises :class:`~casemate_schemas.errors.ParameterError` at once, where it was typed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from casemate_schemas import dataset as _dataset
+from casemate_schemas import job as _job
+from casemate_schemas import licence as _licence
+from casemate_schemas.codec import WireModel
+from casemate_schemas.errors import ParameterError
+from casemate_schemas.licence import AllOf, AnyOf, AtLeast, Before, ForPurpose, MemberIs, Permission, RoleIs
+from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AllOf",
+    "AnyOf",
+    "AtLeast",
+    "Before",
+    "Column",
+    "DatasetCard",
+    "ForPurpose",
+    "Licence",
+    "MemberIs",
+    "Permission",
+    "Privacy",
+    "RoleIs",
+]
+
+_M = TypeVar("_M", bound=WireModel)
+
+
+class _Checked(WireModel):
+    """Turns pydantic's error into one of the tree, and takes lists where the wire has tuples."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_parameter_error(cls, value: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(value, dict):
+            value = {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
+        with parameter_errors(cls.__name__):
+            return handler(value)
+
+
+class parameter_errors:
+    """Within this block a pydantic ``ValidationError`` becomes a :class:`ParameterError` that names ``what`` and field."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, ValidationError):
+            raise ParameterError(f"{self._what}: {first_problem(error)}") from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """Field and message of a validation's first error, without its value."""
+    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def to_wire(model: type[_M], value: _M) -> _M:
+    """``value`` as exactly the wire's ``model``: what a receiver will decode and compare with."""
+    return model.model_validate(value.model_dump())
+
+
+class SGD(_Checked, _job.SGD):
+    """Stochastic gradient descent on the noised gradient: ``lr`` in (0, 1000], ``momentum`` in [0, 1)."""
+
+
+class Adam(_Checked, _job.Adam):
+    """Adam (Kingma and Ba 2015) on the noised gradient: ``lr`` in (0, 1000]."""
+
+
+class Column(_Checked, _dataset.Column):
+    """One column: ``name``, ``dtype``, ``shape`` of a row's value, public ``lower`` and ``upper`` bounds, ``unit``."""
+
+
+class DatasetCard(_Checked, _dataset.DatasetCard):
+    """A dataset's declared schema: ``name``, ``owner`` (a member id), ``columns``, ``row_bound``, ``description``."""
+
+
+class Licence(_Checked, _licence.Licence):
+    """An owner's terms for one dataset: ``permissions``, ``epsilon`` and ``delta`` for its life, ``epsilon_per_job``, expiry."""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The guarantee asked for, for each owner's records, under adding or removing one record.
+
+    Args:
+        epsilon: in (0, 1000].
+        delta: in (0, 0.5); well below one over the number of records.
+        clipping_norm: bound on each record's gradient, in L2 norm, in [1e-6, 1e6].
+
+    Raises :class:`ParameterError` for anything else, NaN included.
+    """
+
+    epsilon: float
+    delta: float
+    clipping_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        with parameter_errors("Privacy"):
+            _job.Privacy(epsilon=self.epsilon, delta=self.delta)
+        if not 1e-6 <= self.clipping_norm <= 1e6:
+            raise ParameterError(f"Privacy: clipping_norm: expected 1e-6 to 1e6, got {self.clipping_norm}")

@@ -1,0 +1,244 @@
+"""From what was asked to a plan: which columns and loss, how often each owner is sampled, how much noise.
+
+Only public declarations enter: cards, licences, what remains of budgets. Nothing is spent by planning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from casemate_privacy.accounting import epsilon
+from casemate_privacy.owners import OwnersPlan, OwnerTarget, plan_job
+from casemate_schemas import job as wire
+from casemate_schemas.dataset import Column, DatasetCard
+from casemate_schemas.errors import BudgetError, DatasetError, ModelError, ParameterError
+from casemate_schemas.job import MAX_DATASETS, DatasetUse, Plan, Rational, Training
+from casemate_schemas.model import ModelSpec
+from casemate_schemas.pipeline import Loss, PipelineSpec, Scaling
+from casemate_schemas.signatures import Signed
+
+from .datasets import Dataset
+from .parameters import SGD, Adam, Privacy, parameter_errors, to_wire
+
+if TYPE_CHECKING:
+    from .jobs import TrainingRequest
+
+MAX_DEADLINE_S: Final = 30 * 24 * 3600
+_INTEGERS: Final = ("int64", "int32", "uint8")
+
+
+def check_request(request: TrainingRequest) -> None:
+    """Raises :class:`ParameterError` for what is wrong whatever the datasets and the model are."""
+    if not isinstance(request.privacy, Privacy):
+        raise ParameterError("privacy: expected casemate.Privacy(epsilon=..., delta=..., clipping_norm=...)")
+    if not isinstance(request.optimizer, SGD | Adam):
+        raise ParameterError("optimizer: expected casemate.SGD(lr=...) or casemate.Adam(lr=...)")
+    if not 1 <= len(request.datasets) <= MAX_DATASETS or len(set(request.datasets)) != len(request.datasets):
+        raise ParameterError(f"datasets: expected 1 to {MAX_DATASETS} ids, each once")
+    if not _is_integer(request.batch_size) or request.batch_size < 1:
+        raise ParameterError(f"batch_size: expected a whole number of records, got {request.batch_size!r}")
+    if (request.epochs is None) == (request.steps is None):
+        raise ParameterError("expected either epochs or steps")
+    if request.epochs is not None and not 0 < request.epochs < math.inf:
+        raise ParameterError(f"epochs: expected a positive number, got {request.epochs!r}")
+    if request.steps is not None and not (_is_integer(request.steps) and 1 <= request.steps <= wire.MAX_STEPS):
+        raise ParameterError(f"steps: expected 1 to {wire.MAX_STEPS}, got {request.steps!r}")
+    if not 1 <= request.deadline_s <= MAX_DEADLINE_S:
+        raise ParameterError(f"deadline_s: expected 1 to {MAX_DEADLINE_S} seconds, got {request.deadline_s!r}")
+    if request.job_id is not None and not is_job_id(request.job_id):
+        raise ParameterError("job_id: expected 32 hexadecimal digits")
+    for name, value, known in (("loss", request.loss, get_args(Loss)), ("scaling", request.scaling, get_args(Scaling))):
+        if value is not None and value not in known:
+            raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def is_job_id(value: object) -> bool:
+    """Whether that is 32 lower-case hexadecimal digits: safe in a path, and what the wire takes."""
+    return isinstance(value, str) and len(value) == 32 and set(value) <= set("0123456789abcdef")
+
+
+def plan_training(
+    request: TrainingRequest, datasets: Sequence[Dataset], recipients: tuple[Signed, ...]
+) -> tuple[Plan, ModelSpec, bytes]:
+    """The plan, the traced model and its initial weights (safetensors).
+
+    1. Features, target and their declarations, which must agree between the datasets.
+    2. The model, traced for one example's shape, and the loss that its output and the target's kind call for.
+    3. Rates and noise for each owner's epsilon.
+
+    Raises :class:`ParameterError`, :class:`ModelError`, :class:`DatasetError` or :class:`BudgetError`.
+    """
+    from casemate_models.batch_axis import check
+    from casemate_models.losses import check_loss
+    from casemate_models.pipeline import check_pipeline
+    from casemate_models.tracing import trace
+
+    features = feature_columns([dataset.card for dataset in datasets], request.features, request.target)  # 1
+    target = _column(datasets[0].card, request.target)
+    input_shape = request.input_shape or _input_shape(features)
+    model, weights = trace(request.model, input_shape)  # 2
+    loss = request.loss or infer_loss(target, check(model).output_shape)
+    with parameter_errors("pipeline"):
+        pipeline = _pipeline(request, features, target, loss)
+    check_loss(model, loss, pipeline)
+    for dataset in datasets:
+        check_pipeline(pipeline, dataset.card, model.input_shape)
+    owners = plan_rates(request, datasets)  # 3
+    with parameter_errors("plan"):
+        return _plan(request, datasets, pipeline, loss, owners, recipients), model, weights
+
+
+def feature_columns(cards: Sequence[DatasetCard], names: Sequence[str] | None, target: str) -> tuple[Column, ...]:
+    """The columns that go in: those named, or all but the target, in the first card's order.
+
+    Each must be declared alike (shape and bounds) by every owner: scaling by other bounds would mean other features.
+    Raises :class:`DatasetError` that names the column.
+    """
+    first = cards[0]
+    chosen = tuple(names or (column.name for column in first.columns if column.name != target))
+    for name in (*chosen, target):
+        ours = _column(first, name)
+        for card in cards[1:]:
+            theirs = _column(card, name)
+            if (ours.shape, ours.lower, ours.upper) != (theirs.shape, theirs.lower, theirs.upper):
+                raise DatasetError(
+                    f"column '{name}' is declared {_declared(ours)} by {first.id} and {_declared(theirs)} by {card.id}"
+                )
+    return tuple(_column(first, name) for name in chosen)
+
+
+def infer_loss(target: Column, output_shape: tuple[int, ...]) -> Loss:
+    """The loss that the target's declaration and the model's output call for. Raises :class:`ModelError`."""
+    whole = target.dtype in _INTEGERS or (target.lower, target.upper) == (0.0, 1.0)
+    if whole and len(output_shape) == 1 and output_shape[0] == _n_classes(target) >= 2:
+        return "cross_entropy"
+    if output_shape in ((), (1,)):
+        return "binary_cross_entropy" if whole and _n_classes(target) == 2 else "mean_squared_error"
+    raise ModelError(
+        f"no loss fits {_n_classes(target)} classes of '{target.name}' and a model whose output has shape "
+        f"{list(output_shape)}: give one output a class, one output, or name the loss"
+    )
+
+
+def plan_rates(request: TrainingRequest, datasets: Sequence[Dataset]) -> OwnersPlan:
+    """One noise for all, a rate for each owner: every epsilon at most the target, and at most that owner's own cap on a job.
+
+    An owner whose licence allows less for one job than the target is sampled less often; nobody else pays for it.
+    Raises :class:`ParameterError` for a batch larger than the declared rows, and :class:`BudgetError` where an owner's
+    remaining budget certainly does not cover the plan.
+    """
+    rows = sum(dataset.card.row_bound for dataset in datasets)
+    if request.batch_size > rows:
+        raise ParameterError(f"batch_size: expected at most the {rows} declared rows, got {request.batch_size}")
+    steps = request.steps or math.ceil((request.epochs or 1) * rows / request.batch_size)
+    if steps > wire.MAX_STEPS:
+        raise ParameterError(f"{steps} steps: expected at most {wire.MAX_STEPS}; fewer epochs or larger batches")
+    capped: set[str] = set()
+    while True:
+        targets = [_target(request.privacy, dataset, dataset.id in capped) for dataset in datasets]
+        plan = plan_job(targets, steps, request.batch_size)
+        costs = [epsilon(plan.event(i), d.licence.delta) for i, d in enumerate(datasets)]
+        over = {d.id for d, cost in zip(datasets, costs, strict=True) if cost > d.licence.epsilon_per_job} - capped
+        if not over:
+            break
+        capped |= over
+    _check_budgets(datasets, costs)
+    return plan
+
+
+def _target(privacy: Privacy, dataset: Dataset, capped: bool) -> OwnerTarget:
+    """The target asked for; for an owner over its cap, the stricter epsilon at the stricter delta."""
+    licence, rows = dataset.licence, dataset.card.row_bound
+    if not capped:
+        return OwnerTarget(rows, privacy.epsilon, privacy.delta)
+    return OwnerTarget(rows, min(privacy.epsilon, licence.epsilon_per_job), min(privacy.delta, licence.delta))
+
+
+def _check_budgets(datasets: Sequence[Dataset], costs: Sequence[float]) -> None:
+    for dataset, cost in zip(datasets, costs, strict=True):
+        if cost > dataset.epsilon_remaining:
+            raise BudgetError(
+                f"{dataset.id}: this job costs epsilon {cost:.4g} at delta {dataset.licence.delta:g}, and "
+                f"{dataset.epsilon_remaining:.4g} is left: ask for less, or train fewer steps"
+            )
+
+
+def _plan(
+    request: TrainingRequest,
+    datasets: Sequence[Dataset],
+    pipeline: PipelineSpec,
+    loss: Loss,
+    owners: OwnersPlan,
+    recipients: tuple[Signed, ...],
+) -> Plan:
+    optimizer = request.optimizer
+    return Plan(
+        purpose=request.purpose,
+        datasets=tuple(
+            DatasetUse(
+                dataset=dataset.id,
+                envelope=dataset.offer.envelope,
+                card=dataset.offer.card_digest,
+                licence=dataset.offer.licence.digest,
+                key_broker=dataset.offer.key_broker,
+                row_bound=dataset.card.row_bound,
+                sample_rate=Rational.of(rate),
+            )
+            for dataset, rate in zip(datasets, owners.rates, strict=True)
+        ),
+        pipeline=pipeline,
+        training=Training(
+            loss=loss,
+            optimizer=to_wire(wire.SGD, optimizer) if isinstance(optimizer, SGD) else to_wire(wire.Adam, optimizer),
+            steps=owners.steps,
+            clipping_norm=request.privacy.clipping_norm,
+            noise_multiplier=owners.noise_multiplier,
+            max_physical_batch=request.max_physical_batch,
+            checkpoint_every_steps=request.checkpoint_every_steps,
+        ),
+        privacy=wire.Privacy(epsilon=request.privacy.epsilon, delta=request.privacy.delta),
+        recipients=recipients,
+    )
+
+
+def _pipeline(request: TrainingRequest, features: Sequence[Column], target: Column, loss: Loss) -> PipelineSpec:
+    kinds: dict[Loss, Any] = {
+        "cross_entropy": "class",
+        "binary_cross_entropy": "binary",
+        "mean_squared_error": "value",
+    }
+    return PipelineSpec(
+        features=tuple(column.name for column in features),
+        scaling=request.scaling,
+        target=target.name,
+        target_kind=kinds[loss],
+        n_classes=_n_classes(target) if loss == "cross_entropy" else None,
+    )
+
+
+def _column(card: DatasetCard, name: str) -> Column:
+    column = card.column(name)
+    if column is None:
+        raise DatasetError(f"dataset '{card.id}' has no column '{name}'")
+    return column
+
+
+def _input_shape(features: Sequence[Column]) -> tuple[int, ...]:
+    """One feature keeps its shape; several are flattened and joined."""
+    if len(features) == 1 and features[0].shape:
+        return features[0].shape
+    return (sum(math.prod(column.shape) for column in features),)
+
+
+def _n_classes(target: Column) -> int:
+    return int(target.upper - target.lower) + 1 if target.upper - target.lower < 1 << 20 else 0
+
+
+def _declared(column: Column) -> str:
+    return f"{list(column.shape)} in [{column.lower:g}, {column.upper:g}]"
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

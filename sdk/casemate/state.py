@@ -1,0 +1,123 @@
+"""What this machine remembers of a consortium: the newest manifest seen, and the jobs submitted from here.
+
+One folder a consortium, readable by its owner only. Files are written beside and renamed, so a reader sees the old or the
+new one. It holds no private key; losing it costs the protection against older manifests, nothing else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from casemate_schemas.admission import Submission
+from casemate_schemas.codec import Digest, M, WireModel, decode, encode
+from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
+from casemate_schemas.errors import CasemateError, IntegrityError, SetupError
+from casemate_schemas.job import JobId
+from casemate_schemas.signatures import Signed
+from pydantic import Field
+
+_MAX_STATE_BYTES = 4 << 20
+
+
+class Pin(WireModel):
+    """The newest manifest seen."""
+
+    KIND: ClassVar[str] = "manifest-pin"
+
+    version: Literal[1] = 1
+    number: Annotated[int, Field(ge=1, lt=1 << 32)]
+    digest: Digest
+
+
+class SubmittedJob(WireModel):
+    """What was submitted, so that it can be posted again as it was and its result be held against it."""
+
+    KIND: ClassVar[str] = "submitted-job"
+
+    version: Literal[1] = 1
+    job_id: JobId
+    salt: Digest
+    terms: Signed
+    submission: Submission
+
+
+def default_state_dir() -> Path:
+    """``$XDG_STATE_HOME/casemate``, or ``~/.local/state/casemate``."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "casemate"
+
+
+class State:
+    """The folder of one consortium."""
+
+    def __init__(self, state_dir: Path, consortium: bytes) -> None:
+        self._folder = state_dir / consortium.hex()
+
+    def accept_chain(self, chain: ManifestChain, consortium: bytes) -> tuple[Consortium, bool]:
+        """The verified consortium, now pinned at its newest version; and whether this was the first time.
+
+        Raises :class:`~casemate_schemas.errors.ManifestError` for a chain that does not hold, belongs to another
+        consortium, or does not contain the pinned version: an older one or a fork is never accepted.
+        """
+        with self._locked():
+            pin = self._read(Pin, "pin")
+            seen = None if pin is None else (pin.number, pin.digest)
+            verified = verify_chain(chain, consortium=consortium, pinned=seen)
+            self._write("pin", Pin(number=verified.manifest.number, digest=verified.digest))
+        return verified, pin is None
+
+    def remember_job(self, job: SubmittedJob) -> None:
+        """Keep what was submitted."""
+        with self._locked():
+            self._write(_job_file(job.job_id), job)
+
+    def job(self, job_id: str) -> SubmittedJob | None:
+        """What was submitted from here under that id."""
+        return self._read(SubmittedJob, _job_file(job_id))
+
+    def _read(self, model: type[M], name: str) -> M | None:
+        try:
+            with open(self._folder / name, "rb") as file:
+                data = file.read(_MAX_STATE_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SetupError(f"cannot read {self._folder / name}: {error.strerror}") from error
+        try:
+            return decode(model, data, max_bytes=_MAX_STATE_BYTES)
+        except CasemateError as error:
+            raise IntegrityError(f"{self._folder / name} is broken: {error}") from error
+
+    def _write(self, name: str, message: WireModel) -> None:
+        temporary = self._folder / f".{name}.new"
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(encode(message))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._folder / name)
+        except OSError as error:
+            raise SetupError(f"cannot write {self._folder / name}: {error.strerror}") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time: read, check and write happen as one, so a pin never moves back."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise SetupError(f"cannot use the state folder {self._folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _job_file(job_id: str) -> str:
+    return f"job-{job_id}"

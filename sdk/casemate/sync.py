@@ -1,0 +1,182 @@
+"""Every call in a blocking form, for scripts and notebooks without ``await``.
+
+A connection runs its own event loop in a thread of its own, so it works where a loop is running already (Jupyter).
+
+>>> import casemate as cm
+>>> with cm.sync.connect("https://consortium.example", identity="clara.key") as consortium:  # doctest: +SKIP
+...     print(consortium.datasets())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from casemate_schemas.api import JobStatus
+from casemate_schemas.consortium import ConsortiumManifest
+from casemate_schemas.dataset import DatasetCard
+from casemate_schemas.job_state import JobEvent
+from casemate_schemas.keyring import KeyRing
+from casemate_schemas.licence import Licence
+from casemate_schemas.requests import Budget, DatasetRegistered
+
+from . import client as _client
+from . import jobs as _jobs
+from .datasets import Array, Datasets
+from .identity import Identity, now_ms
+from .results import Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
+
+
+class _Loop:
+    """An event loop in a daemon thread. A blocking call that is interrupted cancels what it waits for."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="casemate", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            concurrent.futures.wait([future], timeout=5)
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@contextmanager
+def connect(
+    url: str,
+    *,
+    identity: Identity | KeyRing | str | os.PathLike[str],
+    consortium: str | None = None,
+    state_dir: str | os.PathLike[str] | None = None,
+    clock: Callable[[], int] = now_ms,
+) -> Iterator[Consortium]:
+    """As :func:`casemate.connect`, for a ``with`` block."""
+    loop = _Loop()
+    try:
+        connection = _client.connect(url, identity=identity, consortium=consortium, state_dir=state_dir, clock=clock)
+        entered = loop.run(_entered(connection))
+        try:
+            yield Consortium(loop, entered)
+        finally:
+            loop.run(_left(connection))
+    finally:
+        loop.close()
+
+
+def _blocking_train(
+    method: Callable[Concatenate[_client.Consortium, _P], Coroutine[Any, Any, _jobs.Job]],
+) -> Callable[Concatenate[Consortium, _P], Job]:
+    """``train`` with the very parameters of the original."""
+
+    @wraps(method)
+    def train(consortium: Consortium, /, *args: _P.args, **kwargs: _P.kwargs) -> Job:
+        return consortium.wrap_job(method(consortium.inner, *args, **kwargs))
+
+    return train
+
+
+class Consortium:
+    """As :class:`casemate.Consortium`, blocking."""
+
+    def __init__(self, loop: _Loop, inner: _client.Consortium) -> None:
+        self._loop, self.inner = loop, inner
+        self.id: str = inner.id
+        self.manifest: ConsortiumManifest = inner.manifest
+        self.simulation: bool = inner.simulation
+        self.person: str = inner.person
+
+    def datasets(self) -> Datasets:
+        """See :meth:`casemate.Consortium.datasets`."""
+        return self._loop.run(self.inner.datasets())
+
+    def push(self, columns: Mapping[str, Array], card: DatasetCard, *, licence: Licence) -> DatasetRegistered:
+        """See :meth:`casemate.Consortium.push`."""
+        return self._loop.run(self.inner.push(columns, card, licence=licence))
+
+    def budget(self, dataset: str) -> Budget:
+        """See :meth:`casemate.Consortium.budget`."""
+        return self._loop.run(self.inner.budget(dataset))
+
+    def job(self, job_id: str, *, submitter: str | None = None) -> Job:
+        """See :meth:`casemate.Consortium.job`."""
+        return self.wrap_job(self.inner.job(job_id, submitter=submitter))
+
+    def jobs(self) -> tuple[JobStatus, ...]:
+        """See :meth:`casemate.Consortium.jobs`."""
+        return self._loop.run(self.inner.jobs())
+
+    train = _blocking_train(_client.Consortium.train)
+
+    def wrap_job(self, coroutine: Coroutine[Any, Any, _jobs.Job]) -> Job:
+        """Wait for a job and give it its blocking form."""
+        return Job(self._loop, self._loop.run(coroutine))
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+
+class Job:
+    """As :class:`casemate.Job`, blocking."""
+
+    def __init__(self, loop: _Loop, inner: _jobs.Job) -> None:
+        self._loop, self._inner = loop, inner
+        self.id: str = inner.id
+
+    def status(self) -> JobStatus:
+        """See :meth:`casemate.Job.status`."""
+        return self._loop.run(self._inner.status())
+
+    def events(self) -> Iterator[JobEvent]:
+        """See :meth:`casemate.Job.events`."""
+        events = self._inner.events()
+        while (event := self._loop.run(_following(events))) is not None:
+            yield event
+
+    def watch(self, *, console: Console | None = None) -> JobStatus:
+        """See :meth:`casemate.Job.watch`."""
+        return self._loop.run(self._inner.watch(console=console))
+
+    def cancel(self) -> JobStatus:
+        """See :meth:`casemate.Job.cancel`."""
+        return self._loop.run(self._inner.cancel())
+
+    def result(self) -> Result:
+        """See :meth:`casemate.Job.result`."""
+        return self._loop.run(self._inner.result())
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
+
+
+async def _entered(connection: Any) -> _client.Consortium:
+    entered: _client.Consortium = await connection.__aenter__()
+    return entered
+
+
+async def _left(connection: Any) -> None:
+    await connection.__aexit__(None, None, None)
+
+
+async def _following(events: AsyncIterator[JobEvent]) -> JobEvent | None:
+    return await anext(events, None)

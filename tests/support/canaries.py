@@ -1,0 +1,167 @@
+"""Secrets that are easy to recognise, every form they could leak in, and the places where a leak could lie.
+
+A :class:`Canary` is a secret and the folders of those who may know it. :func:`leaks` finds it in a :class:`Place`, raw
+or encoded, unless the place lies in such a folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Canary:
+    """``secret`` (8 bytes or more), who may hold it, and other forms of the same thing: a number's decimals, a text."""
+
+    name: str
+    secret: bytes = field(repr=False)
+    homes: tuple[Path, ...]
+    texts: tuple[str, ...] = field(default=(), repr=False)
+
+    def forms(self) -> dict[str, bytes]:
+        """Each encoding by name."""
+        found = {"raw": self.secret, "reversed": self.secret[::-1], **_written(self.secret)}
+        for number, text in enumerate(self.texts):
+            found[f"text {number}"] = text.encode()
+        wide = {
+            f"{name} in {codec}": form.decode("ascii").encode(codec)
+            for name, form in found.items()
+            if name not in ("raw", "reversed") and form.isascii()
+            for codec in ("utf-16-le", "utf-16-be")
+        }
+        return found | wide
+
+
+@dataclass(frozen=True)
+class Place:
+    """Some bytes that others could read, and where they are (``path`` only for a file)."""
+
+    name: str
+    data: bytes = field(repr=False)
+    path: Path | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Leak:
+    """A canary outside its home."""
+
+    canary: str
+    form: str
+    place: str
+
+
+def leaks(canaries: Iterable[Canary], places: Iterable[Place]) -> list[Leak]:
+    """Every canary, in every form, in every place outside its homes."""
+    found = set()
+    forms = [(canary, canary.forms()) for canary in canaries]
+    for place in places:
+        for canary, encoded in forms:
+            if place.path is not None and any(place.path.is_relative_to(home) for home in canary.homes):
+                continue
+            found |= {Leak(canary.name, name, place.name) for name, form in encoded.items() if form in place.data}
+    return sorted(found)
+
+
+def _written(secret: bytes) -> dict[str, bytes]:
+    """The secret as text: hexadecimal, decimal bytes, Python's escapes, and base64 wherever in a longer string it begins."""
+    found = {
+        "hex": secret.hex().encode(),
+        "HEX": secret.hex().upper().encode(),
+        "decimal bytes": ", ".join(map(str, secret)).encode(),
+        "decimal bytes, close": ",".join(map(str, secret)).encode(),
+        "escapes": "".join(f"\\x{byte:02x}" for byte in secret).encode(),
+    }
+    for name, encode in (("base64", base64.b64encode), ("base64url", base64.urlsafe_b64encode)):
+        for offset in range(3):
+            first, last = -(-8 * offset // 6), 8 * (offset + len(secret)) // 6
+            found[f"{name} +{offset}"] = encode(bytes(offset) + secret)[first:last]
+    return found
+
+
+# --- places ---------------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> Iterator[Place]:
+    """Every file below ``folder``, whole; sockets and what vanishes meanwhile are left out."""
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES:
+                yield Place(f"file {path.relative_to(folder)}", path.read_bytes(), path)
+
+
+def processes(pids: Iterable[int]) -> Iterator[Place]:
+    """Command line, environment and deleted but open files of each process and of all its descendants."""
+    for pid in sorted({found for pid in pids for found in _with_descendants(pid)}):
+        for what in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):
+                yield Place(f"{what} of {pid}", Path(f"/proc/{pid}/{what}").read_bytes())
+        yield from _deleted_files(pid)
+
+
+def _with_descendants(pid: int) -> Iterator[int]:
+    yield pid
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from _with_descendants(int(child))
+
+
+def _deleted_files(pid: int) -> Iterator[Place]:
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if link.is_file() and os.readlink(link).endswith("(deleted)"):
+                    yield Place(f"open file of {pid}", link.read_bytes())
+
+
+class RecordingProxy:
+    """A TCP proxy on loopback that keeps every byte of both directions. Use as an async context manager."""
+
+    def __init__(self) -> None:
+        self.target_port = 0
+        self.port = 0
+        self._recorded: list[bytearray] = []
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def places(self) -> Iterator[Place]:
+        """What has crossed so far, one place for each direction of each connection."""
+        for number, data in enumerate(self._recorded):
+            yield Place(f"HTTP {'answers' if number % 2 else 'requests'}", bytes(data))
+
+    async def __aenter__(self) -> RecordingProxy:
+        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server.close_clients()
+            await self._server.wait_closed()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests, answers = bytearray(), bytearray()
+        self._recorded += [requests, answers]
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        await asyncio.gather(_copy(reader, far_writer, requests), _copy(far_reader, writer, answers))
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bytearray) -> None:
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(64 << 10):
+            kept += piece
+            writer.write(piece)
+            await writer.drain()
+    writer.close()

@@ -1,0 +1,355 @@
+"""One running stack whose programs obey orders to die, and what must hold for each of its jobs whatever died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+import casemate as cm
+import numpy as np
+from casemate.client import Consortium
+from casemate.jobs import Job
+from casemate.local_stack.supervisor import LocalStack
+from casemate.results import Result
+from casemate_key_broker import audit_log, ledger
+from casemate_key_broker.database import Database
+from casemate_messaging.connection import connect
+from casemate_messaging.jobs import JobStore
+from casemate_schemas.codec import decode
+from casemate_schemas.errors import CasemateError
+from casemate_schemas.grant import AuditEntry
+from casemate_schemas.job_state import TERMINAL, JobEvent, JobRecord
+from casemate_schemas.requests import Budget
+from casemate_schemas.result import Release
+from casemate_schemas.signatures import Signed
+from nats.aio.client import Client
+from support.stack import (
+    DELTA,
+    EPSILON_PER_JOB,
+    MEMBERS,
+    OWNERS,
+    PURPOSE,
+    SCIENTIST,
+    TARGET,
+    WORKERS,
+    connected,
+    push,
+)
+from torch import nn
+
+STEPS: Final = 12
+CHECKPOINT_EVERY_STEPS: Final = 5
+POLL_S: Final = 0.02
+ACK_WAIT_S: Final = 3.0
+LAUNCHER: Final = Path(__file__).parents[1] / "faults" / "launcher.py"
+
+OVERRIDES: Final[dict[str, dict[str, object]]] = {
+    "gateway": {
+        "ack_wait_s": ACK_WAIT_S,
+        "key_broker_timeout_s": 5.0,
+        "precheck_retry_s": 0.5,
+        "reconcile_every_s": 1.0,
+        "heartbeat_s": 1.0,
+        "poll_after_s": 1,
+    },
+    **{name: {"heartbeat_s": 0.5, "pull_wait_s": 1.0, "rpc_timeout_s": 5.0, "retry_delay_s": 0.5} for name in WORKERS},
+}
+"""Impatient programs, so that a test need not wait long for a job to be given to the next."""
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what other processes do to files or processes. The test's own timeout bounds it."""
+    while not condition():  # noqa: ASYNC110 - the other side is another process
+        await asyncio.sleep(POLL_S)
+
+
+class Orders:
+    """What ``launcher.py`` is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir()
+
+    def commands(self) -> dict[str, tuple[str, ...]]:
+        """For :class:`LocalStack`: workers and key brokers under the launcher."""
+        modules = dict.fromkeys(WORKERS, "casemate_worker")
+        modules |= {f"key-broker-{name}": "casemate_key_broker" for name in MEMBERS}
+        return {name: (str(LAUNCHER), str(self._folder), name, module) for name, module in modules.items()}
+
+    def die(self, point: str, who: str = "anyone") -> None:
+        """The first to reach ``point`` kills itself there."""
+        (self._folder / f"die@{who}@{point}").touch()
+
+    def stop(self, point: str, who: str = "anyone") -> None:
+        """The first to reach ``point`` stops there until SIGCONT."""
+        (self._folder / f"stop@{who}@{point}").touch()
+
+    @contextlib.contextmanager
+    def hold(self, point: str, who: str = "anyone") -> Iterator[None]:
+        """Whoever reaches ``point`` waits there until the block ends."""
+        order = self._folder / f"hold@{who}@{point}"
+        order.touch()
+        try:
+            yield
+        finally:
+            order.unlink(missing_ok=True)
+
+    async def died(self, *candidates: str) -> str:
+        """Which program killed itself, once one did; workers stay away until :meth:`forget`."""
+        return await self._noted("died", candidates or WORKERS)
+
+    async def stopped(self) -> str:
+        """Which worker stopped itself, once one did."""
+        return await self._noted("stopped", WORKERS)
+
+    async def held(self, point: str, *candidates: str) -> str:
+        """Which program waits at ``point``, once one does."""
+        return await self._noted("held", candidates or WORKERS, point)
+
+    def forget(self) -> None:
+        """No orders stand, and no worker stays away any more."""
+        for file in self._folder.iterdir():
+            file.unlink(missing_ok=True)
+
+    async def _noted(self, what: str, candidates: tuple[str, ...], text: str = "") -> str:
+        while True:
+            for name in candidates:
+                with contextlib.suppress(FileNotFoundError):
+                    if (self._folder / f"{what}@{name}").read_text() == text:
+                        return name
+            await asyncio.sleep(POLL_S)
+
+
+@dataclass
+class Run:
+    """One job under fault, on datasets of its own."""
+
+    job: Job
+    dataset: str
+    events: list[JobEvent] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _collector: asyncio.Task[None] | None = None
+
+    def collect(self) -> Self:
+        """Begins to follow the job as the scientist does."""
+        self._collector = asyncio.create_task(self._collect())
+        return self
+
+    async def reached(self, state: str) -> None:
+        """Waits for an event with that state."""
+        while not any(event.state == state for event in self.events):
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def ended(self) -> str:
+        """Waits for the end; the state the job ended in."""
+        assert self._collector is not None
+        await self._collector
+        return self.events[-1].state
+
+    async def close(self) -> None:
+        if self._collector is not None:
+            self._collector.cancel()
+            await asyncio.gather(self._collector, return_exceptions=True)
+
+    async def _collect(self) -> None:
+        async for event in self.job.events():
+            self.events.append(event)
+            self._changed.set()
+
+
+class Bench:
+    """The stack, the scientist's connection, the host's eyes on NATS, and the checks after every fault."""
+
+    def __init__(self, stack: LocalStack, orders: Orders, scientist: Consortium, host: Client) -> None:
+        self.stack = stack
+        self.orders = orders
+        self.scientist = scientist
+        self.host = host
+        """A connection with the gateway's key: whoever runs NATS sees and may change as much."""
+        self.records = JobStore(host)
+        self._runs: list[Run] = []
+        self._number = 0
+
+    # --- jobs ---
+
+    async def new_dataset(self) -> str:
+        """The name of a dataset that each owner has just registered: nothing is spent yet."""
+        self._number += 1
+        name = f"points-{self._number}"
+        await asyncio.gather(*(push(self.stack.layout, owner, name) for owner in OWNERS))
+        return name
+
+    async def submit(
+        self, *, net: nn.Module | None = None, dataset: str | None = None, job_id: str | None = None
+    ) -> Run:
+        """A small training job on both owners' newest datasets, followed from the start."""
+        dataset = dataset or await self.new_dataset()
+        job = await self.scientist.train(
+            model=net or zeroed(nn.Sequential(nn.Linear(3, 1))),
+            datasets=[f"{dataset}@{owner}" for owner in OWNERS],
+            target=TARGET,
+            steps=STEPS,
+            batch_size=32,
+            optimizer=cm.SGD(lr=0.1),
+            privacy=cm.Privacy(epsilon=EPSILON_PER_JOB, delta=DELTA),
+            purpose=PURPOSE,
+            checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
+            job_id=job_id,
+        )
+        run = Run(job, dataset).collect()
+        self._runs.append(run)
+        return run
+
+    async def record(self, run: Run) -> JobRecord:
+        """The job's record as NATS holds it."""
+        return (await self.records.get(run.job.id))[0]
+
+    async def cleared(self) -> None:
+        """Whatever a test left behind is gone: orders, stopped workers, jobs that never ended."""
+        self.orders.forget()
+        for name in WORKERS:
+            with contextlib.suppress(CasemateError, ProcessLookupError):
+                os.kill(self.stack.programs[name].pid, signal.SIGCONT)
+        for run in self._runs:
+            if not run.events or run.events[-1].state not in TERMINAL:
+                with contextlib.suppress(CasemateError):
+                    await run.job.cancel()
+            await run.close()
+        self._runs.clear()
+
+    # --- processes ---
+
+    def pid(self, program: str) -> int:
+        """Process id of a running program, ``nats`` included."""
+        return self.stack.nats.pid if program == "nats" else self.stack.programs[program].pid
+
+    async def kill(self, program: str) -> None:
+        """``kill -9``; returns once the process is gone and another has taken its place."""
+        pid = self.pid(program)
+        os.kill(pid, signal.SIGKILL)
+
+        def replaced() -> bool:
+            with contextlib.suppress(CasemateError):
+                return self.pid(program) != pid
+            return False
+
+        await until(replaced)
+
+    def training_process(self, worker: str) -> int:
+        """Process id of the worker's training child."""
+        (child,) = [child for child in children(self.pid(worker)) if b"casemate_worker.child" in command(child)]
+        return child
+
+    async def logged(self, program: str, event: str, job_id: str) -> dict[str, Any]:
+        """The program's first log line with that event about that job, once there is one."""
+        path = self.stack.layout.logs / f"{program}.log"
+        while True:
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    value: dict[str, Any] = json.loads(line)
+                    if (value["event"], value.get("job_id")) == (event, job_id):
+                        return value
+            await asyncio.sleep(POLL_S)
+
+    # --- what must hold ---
+
+    async def check_one_result(self, run: Run) -> Result:
+        """The invariants of a job that was to succeed.
+
+        1. It ended once, as sealed, and left the work queue.
+        2. Its one result is verified and opened, and holds finite weights.
+        3. Each owner was charged once, a single job's epsilon, and holds the commit of this very result.
+        4. Each key broker's ledger and audit log verify, and tell of one reservation and one commit.
+        """
+        assert await run.ended() == "sealed"  # 1
+        assert [event.state for event in run.events if event.state in TERMINAL] == ["sealed"]
+        await self.queue_is_empty()
+        record = await self.record(run)
+        assert (record.state, record.reason) == ("sealed", None)
+        result = await run.job.result()  # 2
+        assert record.release is not None
+        digest = decode(Signed, record.release).peek(Release).result
+        assert result.job_id == run.job.id and all(np.isfinite(array).all() for array in result.arrays.values())
+        terms = result.manifest.terms.digest
+        for owner, privacy in zip(OWNERS, result.privacy.owners, strict=True):  # 3
+            budget = await self.budget(run, owner)
+            assert [(line.job_id, line.terms, line.committed) for line in budget.lines] == [(run.job.id, terms, digest)]
+            assert budget.lines[0].epsilon == budget.epsilon_spent == privacy.epsilon <= EPSILON_PER_JOB
+        for name in MEMBERS:  # 4
+            booked, audited = self.books(name, terms)
+            assert booked == ["reserve" if name in OWNERS else "release", "commit"], name
+            told = [entry.event for entry in audited if entry.event in ("prechecked", "committed")]
+            assert told == ["prechecked", "committed"], name
+            assert [entry.result for entry in audited if entry.event == "committed"] == [digest], name
+            assert any(entry.event == "granted" for entry in audited), name
+        return result
+
+    async def budget(self, run: Run, owner: str) -> Budget:
+        """What the owner's steward sees of this run's dataset."""
+        async with connected(self.stack.layout, f"sam@{owner}") as consortium:
+            return await consortium.budget(f"{run.dataset}@{owner}")
+
+    async def queue_is_empty(self) -> None:
+        """Waits until every delivery was acknowledged."""
+        js = self.host.jetstream()
+        while (await js.stream_info("WORK_cpu")).state.messages:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
+
+    def books(self, key_broker: str, terms: bytes) -> tuple[list[str], list[AuditEntry]]:
+        """(ledger events, audit entries) about ``terms``, from a verified copy of the key broker's state at rest."""
+        state = self.stack.layout.member(key_broker) / "key-broker"
+        with tempfile.TemporaryDirectory() as folder:
+            for file in state.glob("key-broker.sqlite*"):
+                shutil.copy(file, folder)
+            database = Database(Path(folder))
+            try:
+                with database.transaction() as tx:
+                    ledger.verify(tx)
+                    audit_log.verify(tx)
+                    rows = tx.execute("SELECT event FROM ledger WHERE terms = ? ORDER BY number", (terms,)).fetchall()
+                    return [event for (event,) in rows], [e for e in audit_log.entries(tx) if e.terms == terms]
+            finally:
+                database.close()
+
+
+def zeroed(net: nn.Module) -> nn.Module:
+    """The module with every parameter at zero, so that submitting it again is the same job."""
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    return net
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of all threads of a process."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+def command(pid: int) -> bytes:
+    """A process's command line; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@contextlib.asynccontextmanager
+async def running_bench(stack: LocalStack, orders: Orders) -> AsyncIterator[Bench]:
+    """A started stack with everything around it."""
+    seed = stack.layout.program("gateway") / "nats.seed"
+    async with stack, connected(stack.layout, SCIENTIST) as scientist:
+        host = await connect(stack.nats.url, seed, user="gateway", name="test")
+        try:
+            yield Bench(stack, orders, scientist, host)
+        finally:
+            await host.close()
