@@ -1,0 +1,163 @@
+"""What releases cost: epsilon by privacy loss distributions, always rounded towards more.
+
+Only for releases fixed in advance, or whose later members do not depend on earlier outputs. Adaptive spending of a
+budget is the business of :mod:`casemate_privacy.renyi_filter`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+from casemate_schemas.errors import ParameterError
+
+from .events import MAX_EPSILON, TrainingEvent, check_delta, merge
+from .renyi import ZERO_CURVE, add_curves, rdp_curve, rdp_epsilon
+
+if TYPE_CHECKING:
+    from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+MAX_EVENTS: Final = 1024
+"""Bound on the distinct events of one composition: each costs about 0.05 s."""
+
+MAX_PERSON_RECORDS: Final = 16
+"""Bound on the records of one person in one job."""
+
+
+def epsilon(events: TrainingEvent | Sequence[TrainingEvent], delta: float) -> float:
+    """Epsilon of the (epsilon, ``delta``)-guarantee of ``events`` together, under add/remove of one record.
+
+    An upper bound, above the true value by some 0.01 % for up to 10,000 steps and 0.2 % for a million; the same for the
+    same arguments. Beyond an epsilon of 100 the coarser Rényi bound is returned instead.
+
+    Args:
+        events: one event, or up to 1024 distinct ones, all fixed in advance.
+        delta: in [1e-10, 0.5].
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` if ``delta`` is out of range or there are too many events.
+
+    Source: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi, "Connect the Dots: Tighter Discrete Approximations of Privacy
+    Loss Distributions" (2022), as implemented by Google's ``dp-accounting``.
+
+    >>> round(epsilon(TrainingEvent(Fraction("0.00427"), 1.1, 14000), 1e-5), 3)
+    2.378
+    >>> round(epsilon(TrainingEvent(Fraction("0.0819"), 3.0, 2000), 1e-5), 3)
+    5.773
+    """
+    check_delta(delta)
+    distinct = merge([events] if isinstance(events, TrainingEvent) else events)
+    if len(distinct) > MAX_EVENTS:
+        raise ParameterError(f"expected at most {MAX_EVENTS} distinct events, got {len(distinct)}")
+    return _epsilon(distinct, delta)
+
+
+def epsilon_estimate(events: Sequence[TrainingEvent], delta: float) -> float:
+    """What ``events``, run as separate jobs, would cost had they been fixed in advance: to be shown, never enforced.
+
+    Jobs are chosen with knowledge of earlier results, and no privacy loss distribution accounts for that. Arguments and
+    errors as for :func:`epsilon`.
+    """
+    return epsilon(events, delta)
+
+
+def person_epsilon(events: Sequence[TrainingEvent], delta: float) -> float:
+    """Epsilon, at ``delta``, of a person with one record in the data of each of several owners of *one* job.
+
+    Args:
+        events: the job's event for each of those owners, up to 16: equal in noise multiplier and steps.
+        delta: in [1e-10, 0.5].
+
+    The owners share one noise, so this is a group's privacy and *not* the sum of the owners' guarantees: the records may
+    land in one batch and move the sum by their number. The exact loss is that of a mixture of Gaussians over how many do.
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` for events of several jobs, and where the owners' epsilons
+    alone exceed 100.
+
+    Source: Choquette-Choo, Ganesh, Steinke, Thakurta, "Privacy Amplification for Matrix Mechanisms" (2023), section 3.
+
+    >>> event = TrainingEvent(Fraction(1, 4), 8.0, 200)
+    >>> [round(person_epsilon([event] * records, 1e-3), 3) for records in (1, 2, 3)]
+    [1.181, 2.732, 4.529]
+    """
+    check_delta(delta)
+    if not 1 <= len(events) <= MAX_PERSON_RECORDS:
+        raise ParameterError(f"expected 1 to {MAX_PERSON_RECORDS} events, got {len(events)}")
+    if len({(event.noise_multiplier, event.steps) for event in events}) > 1:
+        raise ParameterError("expected the events of one job: one noise multiplier, one number of steps")
+    return _person_epsilon(tuple(events), delta)
+
+
+@lru_cache(maxsize=512)
+def _epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
+    """:func:`epsilon` of merged events."""
+    curve = ZERO_CURVE
+    for event in events:
+        curve = add_curves(curve, rdp_curve(event))
+    bound = rdp_epsilon(curve, delta)
+    if bound == 0.0 or bound > MAX_EPSILON:
+        return bound
+    interval = max(_interval(_loss_deviation(event), bound) for event in events)
+    composed = _event_pld(events[0], interval)
+    for event in events[1:]:
+        composed = composed.compose(_event_pld(event, interval))
+    return min(float(composed.get_epsilon_for_delta(delta)), bound)
+
+
+def _event_pld(event: TrainingEvent, interval: float) -> PrivacyLossDistribution:
+    """The pessimistic distribution of all the event's steps."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    if event.rate_upper == 1.0:
+        return privacy_loss_distribution.from_gaussian_mechanism(
+            event.noise_multiplier / math.sqrt(event.steps), value_discretization_interval=interval
+        )
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        event.noise_multiplier, sampling_prob=event.rate_upper, value_discretization_interval=interval
+    ).self_compose(event.steps)
+
+
+@lru_cache(maxsize=128)
+def _person_epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
+    """:func:`person_epsilon` of checked events."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    scale = sum(rdp_epsilon(rdp_curve(event), delta) for event in events)
+    if scale > MAX_EPSILON:
+        raise ParameterError(f"no meaningful guarantee: the owners' epsilons alone add to {scale:.0f}")
+    deviation = math.fsum(_loss_deviation(event) for event in events)
+    step = privacy_loss_distribution.from_mixture_gaussian_mechanism(
+        events[0].noise_multiplier,
+        sensitivities=[float(count) for count in range(len(events) + 1)],
+        sampling_probs=_batch_counts([event.rate_upper for event in events]),
+        value_discretization_interval=_interval(deviation, scale),
+    )
+    return float(step.self_compose(events[0].steps).get_epsilon_for_delta(delta))
+
+
+def _batch_counts(rates: Sequence[float]) -> list[float]:
+    """Probabilities that 0, 1, ... of the independent records fall in one batch; they sum to one."""
+    counts = [Fraction(1)]
+    for rate in map(Fraction, rates):
+        moved = [Fraction(0), *(value * rate for value in counts)]
+        stayed = [*(value * (1 - rate) for value in counts), Fraction(0)]
+        counts = [a + b for a, b in zip(moved, stayed, strict=True)]
+    return [float(value) for value in counts]
+
+
+def _loss_deviation(event: TrainingEvent) -> float:
+    """The size of one step's privacy loss: its standard deviation, or nearly."""
+    sigma = event.noise_multiplier
+    if event.rate_upper == 1.0:
+        return math.sqrt(event.steps) / sigma
+    return min(event.rate_upper * math.sqrt(math.expm1(1 / sigma**2)), 1 / sigma)
+
+
+def _interval(deviation: float, bound: float) -> float:
+    """The discretisation interval: fine against one step's loss, yet at most some 1e5 points for the whole.
+
+    The discretisation inflates each step's variance by about (interval / deviation)**2 / 4.
+    """
+    return min(max(deviation / 32, bound / 40_000), max(bound / 1000, deviation / 4000))

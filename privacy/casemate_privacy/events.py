@@ -1,0 +1,134 @@
+"""What was released: privacy events as plain values, from which every accountant starts.
+
+The neighbouring relation is add/remove of one record throughout. An event says nothing about data, so it may be signed,
+stored and shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Final
+
+from casemate_schemas.errors import ParameterError
+
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+
+# Together these bounds keep every question that a stranger can ask of an accountant to a few seconds.
+MIN_NOISE_MULTIPLIER: Final = 0.3
+"""Below it one step costs tens of epsilon: a mistake, not a parameter."""
+
+MAX_NOISE_MULTIPLIER: Final = 1e4
+MAX_STEPS: Final = 1_000_000
+MIN_RATE: Final = Fraction(1, 1 << 20)
+MAX_RATE_DENOMINATOR: Final = 1 << 64
+MIN_DELTA: Final = 1e-10
+"""Smallest delta accounted for: the numerical error of the PLD's Fourier transforms is some 1e-14."""
+
+MAX_DELTA: Final = 0.5
+MAX_EPSILON: Final = 100.0
+"""Largest epsilon anyone may ask for. Guarantees beyond it are reported, but nobody plans for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingEvent:
+    """``steps`` releases of a clipped sum over a Poisson sample with Gaussian noise: DP-SGD as one owner's records see it.
+
+    Args:
+        sample_rate: probability with which each record joins each step's batch, exact, in [2**-20, 1], denominator at
+            most 2**64.
+        noise_multiplier: standard deviation of the noise over the clipping norm, in [0.3, 10,000].
+        steps: number of releases, 1 to 1,000,000.
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, NaN included.
+
+    >>> TrainingEvent(Fraction(1, 4), 2.0, 100)
+    TrainingEvent(sample_rate=Fraction(1, 4), noise_multiplier=2.0, steps=100)
+    """
+
+    sample_rate: Fraction
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        check_rate(self.sample_rate)
+        check_range("noise multiplier", self.noise_multiplier, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
+        check_steps(self.steps)
+
+    @property
+    def rate_upper(self) -> float:
+        """The smallest float that is not below ``sample_rate``; equal to it when the denominator is a power of two."""
+        rate = float(self.sample_rate)
+        return rate if Fraction(rate) >= self.sample_rate else math.nextafter(rate, 1.0)
+
+    def to_dp_event(self) -> DpEvent:
+        """The same event for ``dp_accounting``, with the rate rounded up to a float."""
+        from dp_accounting import dp_event as dp
+
+        step = dp.PoissonSampledDpEvent(self.rate_upper, dp.GaussianDpEvent(self.noise_multiplier))
+        return dp.SelfComposedDpEvent(step, self.steps)
+
+    @classmethod
+    def from_dp_event(cls, event: DpEvent) -> TrainingEvent:
+        """The inverse of :meth:`to_dp_event`; the float rate is taken as the exact rational that it is.
+
+        Raises :class:`~casemate_schemas.errors.ParameterError` for an event of another form.
+        """
+        from dp_accounting import dp_event as dp
+
+        match event:
+            case dp.SelfComposedDpEvent(
+                event=dp.PoissonSampledDpEvent(sampling_probability=rate, event=dp.GaussianDpEvent() as gaussian),
+                count=count,
+            ):
+                check_range("sample rate", rate, 0.0, 1.0)
+                return cls(Fraction(rate), gaussian.noise_multiplier, count)
+        raise ParameterError("expected a self-composed, Poisson-sampled Gaussian event")
+
+
+def merge(events: Sequence[TrainingEvent]) -> tuple[TrainingEvent, ...]:
+    """The same composition with equal steps counted together, in a fixed order.
+
+    >>> merge([TrainingEvent(Fraction(1, 4), 2.0, 100), TrainingEvent(Fraction(1, 4), 2.0, 50)])
+    (TrainingEvent(sample_rate=Fraction(1, 4), noise_multiplier=2.0, steps=150),)
+    """
+    steps: Counter[tuple[Fraction, float]] = Counter()
+    for event in events:
+        steps[event.sample_rate, event.noise_multiplier] += event.steps
+    return tuple(TrainingEvent(rate, sigma, count) for (rate, sigma), count in sorted(steps.items()))
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Refuse what is not a finite number in [low, high], with :class:`~casemate_schemas.errors.ParameterError`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ParameterError(f"{name}: expected a number in [{low:g}, {high:g}], got {value!r:.40}")
+
+
+def check_epsilon(value: float) -> None:
+    """Refuse an epsilon that nobody can ask for: not a number in [0.001, 100]."""
+    check_range("epsilon", value, 1e-3, MAX_EPSILON)
+
+
+def check_delta(value: float) -> None:
+    """Refuse a delta outside [1e-10, 0.5]."""
+    check_range("delta", value, MIN_DELTA, MAX_DELTA)
+
+
+def check_steps(value: int) -> None:
+    """Refuse a number of steps that is not an integer in [1, 1,000,000]."""
+    if not isinstance(value, int):
+        raise ParameterError(f"steps: expected an integer, got {type(value).__name__}")
+    check_range("steps", value, 1, MAX_STEPS)
+
+
+def check_rate(value: Fraction) -> None:
+    """Refuse a sample rate that is not a fraction in [2**-20, 1] with a denominator of at most 2**64."""
+    if not isinstance(value, Fraction):
+        raise ParameterError(f"sample rate: expected an exact Fraction, got {type(value).__name__}")
+    if value.denominator > MAX_RATE_DENOMINATOR or not MIN_RATE <= value <= 1:
+        raise ParameterError("sample rate: expected a fraction in [2**-20, 1] with denominator at most 2**64")
