@@ -1,0 +1,83 @@
+"""Accounts and users of a NATS server, as its configuration file wants them: for the embedded server and an operator's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from casemate_schemas import subjects
+from casemate_schemas.subjects import GATEWAY_ACCOUNT, WORKER_ACCOUNT, Permissions
+
+
+@dataclass(frozen=True)
+class User:
+    """One who may connect. ``name`` is what :func:`~casemate_messaging.connection.connect` calls ``user``; for a key
+    broker it is the key broker's id. ``public_key`` is an nkey that starts with U.
+    """
+
+    role: Literal["gateway", "worker", "key_broker"]
+    name: str
+    public_key: str
+
+    @property
+    def account(self) -> str:
+        """The account the user lives in."""
+        if self.role == "key_broker":
+            return subjects.key_broker_account(self.name)
+        return GATEWAY_ACCOUNT if self.role == "gateway" else WORKER_ACCOUNT
+
+    @property
+    def permissions(self) -> Permissions:
+        """What the user may do."""
+        if self.role == "key_broker":
+            return subjects.key_broker_permissions(self.name)
+        if self.role == "gateway":
+            return subjects.gateway_permissions(self.name)
+        return subjects.worker_permissions(self.name)
+
+
+def accounts(users: Sequence[User]) -> dict[str, Any]:
+    """The ``accounts`` section: who lives where, and the only services that cross from one account to another.
+
+    Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account; gateway and workers reach
+    each key broker's requests. JetStream exists in the gateway's account alone.
+    """
+    key_brokers = sorted({user.name for user in users if user.role == "key_broker"})
+    to_key_brokers = [_service(subjects.key_broker_account(k), f"{subjects.key_broker(k)}.*") for k in key_brokers]
+    offered = [_offer(subject, WORKER_ACCOUNT) for subject in subjects.WORKER_SERVICES]
+    wanted = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.WORKER_SERVICES]
+    sections: dict[str, Any] = {
+        GATEWAY_ACCOUNT: {"jetstream": "enabled", "exports": offered, "imports": to_key_brokers},
+        WORKER_ACCOUNT: {"imports": [*wanted, *to_key_brokers]},
+    }
+    for name in key_brokers:
+        offer = _offer(f"{subjects.key_broker(name)}.*", GATEWAY_ACCOUNT, WORKER_ACCOUNT)
+        sections[subjects.key_broker_account(name)] = {"exports": [offer]}
+    for account, section in sections.items():
+        section["users"] = [_entry(user) for user in users if user.account == account]
+    return sections
+
+
+def _service(account: str, subject: str) -> dict[str, Any]:
+    return {"service": {"account": account, "subject": subject}}
+
+
+def _offer(subject: str, *to: str) -> dict[str, Any]:
+    """An export to named accounts only; "stream" because one request may have several replies."""
+    return {"service": subject, "response_type": "stream", "accounts": list(to)}
+
+
+def _entry(user: User) -> dict[str, Any]:
+    """One user. An empty list of subjects would mean "all": nothing allowed is written as "deny all"."""
+    permissions: dict[str, Any] = {
+        "publish": _rule(user.permissions.publish),
+        "subscribe": _rule(user.permissions.subscribe),
+    }
+    if user.permissions.allow_responses:
+        permissions["allow_responses"] = {"max": 1, "expires": "2m"}
+    return {"nkey": user.public_key, "permissions": permissions}
+
+
+def _rule(subjects: Sequence[str]) -> dict[str, list[str]]:
+    return {"allow": list(subjects)} if subjects else {"deny": [">"]}

@@ -1,0 +1,129 @@
+"""Job records in a KV bucket, changed only by compare-and-set."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+import nats.js.errors
+from casemate_schemas import subjects
+from casemate_schemas.codec import decode, encode
+from casemate_schemas.errors import ConflictError, IntegrityError, MalformedError
+from casemate_schemas.job_state import JobRecord
+from nats.aio.client import Client
+from nats.js.kv import KeyValue
+
+from .connection import REQUEST_TIMEOUT_S, repeated, translated
+
+MAX_RECORD_BYTES: Final = 900 << 10
+_MAX_TRIES: Final = 64
+_RETRY_S: Final = 0.05
+
+
+class JobStore:
+    """The bucket ``jobs``: one record a job, one revision kept.
+
+    In a cluster any replica may answer a read, a moment behind the newest; writes are decided by the revision alone.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._kv = KeyValue(
+            name=subjects.JOB_BUCKET,
+            stream=subjects.JOB_STREAM,
+            pre=f"$KV.{subjects.JOB_BUCKET}.",
+            js=client.jetstream(timeout=REQUEST_TIMEOUT_S),
+            direct=True,
+        )
+
+    async def create(self, record: JobRecord) -> tuple[JobRecord, int, bool]:
+        """Stores a new job, durably; or returns the record that already has its id.
+
+        Returns (record as stored, revision, whether this call made it for certain). Raises :class:`StorageFullError`,
+        :class:`UnavailableError`: then the caller may simply try again.
+        """
+        with translated("creating a job"):
+            try:
+                data = _bytes(record)
+                return record, await repeated(lambda: self._kv.create(record.job_id, data)), True
+            except nats.js.errors.KeyWrongLastSequenceError:
+                return *(await self.get(record.job_id)), False
+
+    async def get(self, job_id: str) -> tuple[JobRecord, int]:
+        """(record, revision). Raises :class:`NotFoundError`, :class:`IntegrityError`, :class:`UnavailableError`."""
+        with translated("reading a job"):
+            key = subjects.token(job_id)
+            entry = await repeated(lambda: self._kv.get(key))
+        return _record(entry)
+
+    async def update(self, record: JobRecord, revision: int) -> int:
+        """Replaces the record if it is still at ``revision``; returns the new one.
+
+        Raises :class:`ConflictError` if somebody was faster, and as :meth:`create`.
+        """
+        if revision < 1:
+            raise ConflictError("a record that was never read cannot be replaced")
+        with translated("changing a job"):
+            return await self._kv.update(record.job_id, _bytes(record), last=revision)
+
+    async def change(self, job_id: str, fn: Callable[[JobRecord], JobRecord]) -> JobRecord:
+        """Applies the pure ``fn`` to the newest record until no one else got in between; returns what was stored.
+
+        ``fn`` may be called several times and may raise to refuse; returning its argument changes nothing. Raises
+        what ``fn`` raises, :class:`ConflictError` after many lost races, and as :meth:`get` and :meth:`update`.
+        """
+        for _ in range(_MAX_TRIES):
+            record, revision = await self.get(job_id)
+            changed = fn(record)
+            if changed == record:
+                return record
+            try:
+                await self.update(changed, revision)
+            except ConflictError:
+                await asyncio.sleep(_RETRY_S * random.random())  # noqa: S311 - spreads rivals, guards nothing
+                continue
+            return changed
+        raise ConflictError(f"job {job_id} changed {_MAX_TRIES} times meanwhile")
+
+    async def list(self) -> AsyncIterator[tuple[JobRecord, int]]:
+        """All jobs as they are now, in no particular order. For the gateway: workers have no permission."""
+        async for found in self._watched(">", follow=False):
+            yield found
+
+    async def watch(self, job_id: str | None = None) -> AsyncIterator[tuple[JobRecord, int]]:
+        """The record of one job, or of all, as it is and after each change, for ever; a slow reader skips revisions.
+
+        For the gateway: workers have no permission. Close the iterator (``aclosing``) when done.
+        """
+        async for found in self._watched(">" if job_id is None else subjects.token(job_id), follow=True):
+            yield found
+
+    async def _watched(self, keys: str, *, follow: bool) -> AsyncIterator[tuple[JobRecord, int]]:
+        with translated("watching jobs"):
+            watcher = await self._kv.watch(keys, ignore_deletes=True)
+        try:
+            async for entry in watcher:
+                if entry is not None:
+                    yield _record(entry)
+                elif not follow:
+                    return
+        finally:
+            await watcher.stop()  # type: ignore[no-untyped-call]
+
+
+def _bytes(record: JobRecord) -> bytes:
+    data = encode(record)
+    if len(data) > MAX_RECORD_BYTES:
+        raise MalformedError(f"a job record holds at most {MAX_RECORD_BYTES} bytes, this one {len(data)}")
+    return data
+
+
+def _record(entry: KeyValue.Entry) -> tuple[JobRecord, int]:
+    try:
+        record = decode(JobRecord, entry.value or b"", max_bytes=MAX_RECORD_BYTES)
+    except MalformedError as error:
+        raise IntegrityError(f"the stored record of job {entry.key} is broken") from error
+    if record.job_id != entry.key or entry.revision is None:
+        raise IntegrityError(f"the stored record of job {entry.key} is another job's")
+    return record, entry.revision

@@ -1,0 +1,41 @@
+"""Nonces of HTTP requests already seen: a bucket in memory that forgets by itself."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import nats.js.errors
+from casemate_schemas import subjects
+from nats.aio.client import Client
+from nats.js.api import Header
+
+from .connection import REQUEST_TIMEOUT_S, translated
+
+_WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
+
+
+class NonceStore:
+    """The bucket ``nonces``, shared by all gateways.
+
+    It remembers for ``StreamSettings.nonce_age_s`` and not across a restart of NATS, so a request's own expiry must be
+    shorter than the former, and replays of what must not happen twice are refused by the objects themselves.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+
+    async def first_use(self, key: str) -> bool:
+        """True for the first caller with this ``key`` (a hexadecimal digest), False for all others.
+
+        Raises :class:`MalformedError` for a key that is no token, :class:`StorageFullError`,
+        :class:`UnavailableError`: then the request must be refused.
+        """
+        subject = f"$KV.{subjects.NONCE_BUCKET}.{subjects.token(key)}"
+        with translated("recording a nonce"):
+            try:
+                await self._js.publish(subject, headers={Header.EXPECTED_LAST_SUBJECT_SEQUENCE: "0"})
+            except nats.js.errors.APIError as error:
+                if error.err_code not in _WRONG_LAST_SEQUENCE:
+                    raise
+                return False
+        return True
