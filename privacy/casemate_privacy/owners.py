@@ -98,7 +98,7 @@ def plan_job(owners: Sequence[OwnerTarget], steps: int, expected_batch: float) -
     def missing(sigma: float) -> float:
         return expected_batch / _expected_batch(owners, plan_rates(owners, steps, sigma))
 
-    return plan_rates(owners, steps, crossing(missing, 1.0, min(needed), max(needed), tolerance=1e-3))
+    return plan_rates(owners, steps, crossing(missing, 1.0, min(needed), max(needed), tolerance=3e-3))
 
 
 def _expected_batch(owners: Sequence[OwnerTarget], plan: OwnersPlan) -> float:

@@ -14,7 +14,7 @@ from .model import ModelSpec
 from .pipeline import Loss, PipelineSpec
 from .signatures import Signed
 
-MAX_STEPS: Final = 10_000_000
+MAX_STEPS: Final = 1_000_000
 MAX_DATASETS: Final = 64
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -98,8 +98,8 @@ class Training(WireModel):
 class Privacy(WireModel):
     """The guarantee the submitter asks for, for each owner's data, under add/remove of one privacy unit."""
 
-    epsilon: Annotated[float, Field(gt=0, le=1000)]
-    delta: Annotated[float, Field(gt=0, lt=0.5)]
+    epsilon: Annotated[float, Field(ge=1e-3, le=100)]
+    delta: Annotated[float, Field(ge=1e-10, le=0.5)]
     unit: Literal["record"] = "record"
 
 

@@ -102,9 +102,9 @@ class Licence(WireModel):
     text: Text = ""
     permissions: Annotated[tuple[Permission, ...], Field(min_length=1, max_length=32)]
     measurements: Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=64)] | None = None
-    epsilon: Annotated[float, Field(gt=0, le=1000)]
-    epsilon_per_job: Annotated[float, Field(gt=0, le=1000)]
-    delta: Annotated[float, Field(gt=0, lt=0.5)]
+    epsilon: Annotated[float, Field(ge=1e-3, le=100)]
+    epsilon_per_job: Annotated[float, Field(ge=1e-3, le=100)]
+    delta: Annotated[float, Field(ge=1e-10, le=0.5)]
     expires: UnixMs
 
     @model_validator(mode="after")

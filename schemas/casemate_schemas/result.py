@@ -20,7 +20,7 @@ class OwnerPrivacy(WireModel):
     """What one dataset's records are guaranteed: ``(epsilon, delta)`` and what it follows from."""
 
     dataset: DatasetId
-    epsilon: Annotated[float, Field(gt=0)]
+    epsilon: Annotated[float, Field(ge=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     sample_rate: Rational
     noise_multiplier: Annotated[float, Field(gt=0)]
@@ -36,7 +36,7 @@ class PrivacyStatement(WireModel):
     neighbouring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
     unit: Literal["record"] = "record"
     owners: Annotated[tuple[OwnerPrivacy, ...], Field(min_length=1, max_length=MAX_DATASETS)]
-    person_epsilon: Annotated[float, Field(gt=0)] | None
+    person_epsilon: Annotated[float, Field(ge=0)] | None
     """For a person with a record in each owner's data; None where no bound is known (more than 16 datasets)."""
     person_delta: Annotated[float, Field(gt=0)]
 

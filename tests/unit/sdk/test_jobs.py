@@ -184,7 +184,6 @@ NAN, INF = float("nan"), float("inf")
         {"optimizer": "sgd"},
         {"privacy": 3.0},
         {"max_physical_batch": 0},
-        {"privacy": cm.Privacy(epsilon=1000.0, delta=1e-3)},
     ],
     ids=str,
 )
