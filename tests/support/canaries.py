@@ -129,6 +129,7 @@ class RecordingProxy:
         self.target_port = 0
         self.port = 0
         self._recorded: list[bytearray] = []
+        self._relays: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     @property
@@ -141,21 +142,32 @@ class RecordingProxy:
             yield Place(f"HTTP {'answers' if number % 2 else 'requests'}", bytes(data))
 
     async def __aenter__(self) -> RecordingProxy:
-        self._server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.close()
-            self._server.close_clients()
+            for relay in self._relays:
+                relay.cancel()
+            await asyncio.gather(*self._relays, return_exceptions=True)
             await self._server.wait_closed()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        relay = asyncio.create_task(self._relay(reader, writer))
+        self._relays.add(relay)
+        relay.add_done_callback(self._relays.discard)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         requests, answers = bytearray(), bytearray()
         self._recorded += [requests, answers]
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
-        await asyncio.gather(_copy(reader, far_writer, requests), _copy(far_reader, writer, answers))
+        try:
+            await asyncio.gather(_copy(reader, far_writer, requests), _copy(far_reader, writer, answers))
+        finally:
+            writer.close()
+            far_writer.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bytearray) -> None:

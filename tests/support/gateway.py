@@ -7,7 +7,7 @@ import io
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ class Reply:
     """One answer, read to its end."""
 
     status: int
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     body: bytes = field(repr=False)
 
     @property
@@ -77,7 +77,7 @@ class Caller:
         async with self.session.request(
             method, signed.url, data=data, headers={**signed.headers, **(headers or {})}
         ) as response:
-            return Reply(response.status, dict(response.headers), await response.read())
+            return Reply(response.status, response.headers, await response.read())
 
     async def get(self, path: str, **options: Any) -> Reply:
         return await self.request("GET", path, **options)
@@ -93,6 +93,7 @@ class KeyBrokerProgram:
     keys: ConsortiumKeys
     name: str
     says: Callable[[Routing], Awaitable[tuple[Literal["yes", "refused"], str | None]]]
+    people: list[PersonKeys]
     asked: list[str] = field(default_factory=list)
     answers: Callable[[bytes], Awaitable[bytes]] | None = None
     """What it does instead of :meth:`answered`, if it is not what it should be."""
@@ -127,10 +128,13 @@ class KeyBrokerProgram:
         return encode(sign(answer, self.keys.key_brokers[self.name].signing))
 
     async def message(self, envelope: bytes) -> bytes:
-        """Answers with what it was sent, for it is not the gateway's to look inside."""
+        """Answers, to the person who asks, with what they sent, backwards."""
         own, consortium = self.keys.key_brokers[self.name], self.keys.consortium.id
-        _, text = open_envelope(envelope, own.sealing, kind="request", consortium=consortium, max_bytes=1 << 20)
-        return seal_envelope("response", text[::-1], [], consortium=consortium, key=own.signing, created=now_ms())
+        head, text = open_envelope(envelope, own.sealing, kind="request", consortium=consortium, max_bytes=1 << 20)
+        self.asked.append(head.header.digest.hex())
+        person = next(p for p in self.people if p.signing.public == head.header.preamble.sender)
+        to = [person.keys.sealing.public]
+        return seal_envelope("response", text[::-1], to, consortium=consortium, key=own.signing, created=now_ms())
 
 
 async def yes(_: Routing) -> tuple[Literal["yes", "refused"], str | None]:
@@ -148,10 +152,12 @@ class House:
     session: aiohttp.ClientSession
     origin: str = ""
     gateway: Gateway | None = None
+    people: list[PersonKeys] = field(default_factory=list)
 
     def caller(self, member: str, **options: Any) -> Caller:
         """A new person of ``member``."""
-        person = self.keys.person(member, not_before=now_ms() - 60_000, **options)
+        person = self.keys.person(member, not_before=now_ms() - 3 * 3600_000, **options)
+        self.people.append(person)
         return Caller(person, self.origin, self.session)
 
     @asynccontextmanager
@@ -167,7 +173,7 @@ class House:
         self, name: str, says: Callable[[Routing], Awaitable[tuple[Literal["yes", "refused"], str | None]]] = yes
     ) -> KeyBrokerProgram:
         """A key broker that serves until the test ends."""
-        program = KeyBrokerProgram(self.keys, name, says)
+        program = KeyBrokerProgram(self.keys, name, says, self.people)
         client = await self.stack.connect(name)
         handlers = {"precheck": program.precheck, "message": program.message}
         await self.exits.enter_async_context(await serve(client, subjects.key_broker(name), handlers))
@@ -216,7 +222,8 @@ class House:
         """Uploads a job envelope and posts a submission about it."""
         envelope = self.envelope(caller, "job", secrets.token_bytes(1000))
         stored = await caller.post(ENVELOPES_PATH, envelope)
-        submission = self.submission(caller, bytes.fromhex(stored.json["envelope"]), **changes)
+        changes = {"job_envelope": bytes.fromhex(stored.json["envelope"]), **changes}
+        submission = self.submission(caller, **changes)
         return submission, await caller.post(JOBS_PATH, encode(submission))
 
 

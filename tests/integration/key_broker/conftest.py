@@ -1,0 +1,3 @@
+from support.nats import nats_stack
+
+__all__ = ["nats_stack"]

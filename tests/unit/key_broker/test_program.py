@@ -1,0 +1,186 @@
+"""Settings, state folder, seed secrets, and the consortium it is pinned to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from casemate_key_broker.__main__ import Handlers, open_key_broker, read_file
+from casemate_key_broker.database import Database
+from casemate_key_broker.party import pin_consortium
+from casemate_key_broker.seed_shares import SeedSecrets
+from casemate_key_broker.settings import load_settings
+from casemate_messaging.logs import EventLog
+from casemate_schemas.codec import decode, encode
+from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, sign_manifest
+from casemate_schemas.errors import IntegrityError, MalformedError, ManifestError, SetupError, UnavailableError
+from casemate_schemas.grant import NonceReply, NonceRequest
+from support.key_brokers import Bench
+
+
+def _settings_file(folder: Path, **changed: Any) -> Path:
+    fields = {
+        "key_broker": "north",
+        "nats_url": "nats://127.0.0.1:4222",
+        "nats_seed_file": "north.nk",
+        "consortium": "07" * 32,
+        "manifest_file": "manifest",
+        "keys_file": "keys",
+        "state_dir": "state",
+    } | changed
+    path = folder / "settings.toml"
+    path.write_text("".join(f'{name} = "{value}"\n' for name, value in fields.items()))
+    return path
+
+
+def test_the_environment_stands_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _settings_file(tmp_path)
+    assert load_settings(path).max_concurrency == 16
+    monkeypatch.setenv("CASEMATE_KEY_BROKER_MAX_CONCURRENCY", "3")
+    monkeypatch.setenv("CASEMATE_KEY_BROKER_STATE_DIR", "/elsewhere")
+    settings = load_settings(path)
+    assert (settings.max_concurrency, settings.state_dir, settings.key_broker) == (3, Path("/elsewhere"), "north")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"key_broker": "North"}, {"consortium": "07"}, {"nonce_ttl_s": "0"}, {"surprise": "1"}],
+)
+def test_settings_that_cannot_be(tmp_path: Path, changed: dict[str, str]) -> None:
+    with pytest.raises(SetupError, match=next(iter(changed))):
+        load_settings(_settings_file(tmp_path, **changed))
+
+
+def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("key_broker = \n")
+    for name in ("missing.toml", "broken.toml"):
+        with pytest.raises(SetupError):
+            load_settings(tmp_path / name)
+
+
+def test_private_files_must_be_private(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"secret")
+    path.chmod(0o640)
+    with pytest.raises(SetupError, match="chmod 600"):
+        read_file(path, 100, private=True)
+    path.chmod(0o600)
+    assert read_file(path, 6, private=True) == b"secret"
+    with pytest.raises(SetupError):
+        read_file(path, 5)
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o755)
+    with pytest.raises(SetupError, match="chmod 700"):
+        Database(folder)
+
+
+def test_a_state_is_open_once_and_of_one_schema(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    database = Database(folder)
+    with pytest.raises(SetupError, match="another process"):
+        Database(folder)
+    with database.transaction() as tx:
+        tx.execute("PRAGMA user_version=2")
+    database.close()
+    with pytest.raises(SetupError, match="schema 2"):
+        Database(folder)
+
+
+def test_a_seed_secret_is_kept_and_never_made_again(tmp_path: Path) -> None:
+    seeds = SeedSecrets(tmp_path, needed=set())
+    share = seeds.share(1, b"\x07" * 32)
+    assert seeds.epoch == 1 and len(share) == 32 and share.hex() not in repr(seeds)
+    assert SeedSecrets(tmp_path, needed={1}).share(1, b"\x07" * 32) == share
+    assert SeedSecrets(tmp_path, needed={1}).share(1, b"\x08" * 32) != share
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "seed-secret-2").write_bytes(os.urandom(32))
+    (tmp_path / "seed-secret-2").chmod(0o600)
+    later = SeedSecrets(tmp_path, needed={1})
+    assert later.epoch == 2 and later.share(1, b"\x07" * 32) == share
+    file.unlink()
+    with pytest.raises(IntegrityError, match="epoch 1"):
+        SeedSecrets(tmp_path, needed={1})
+
+
+@pytest.mark.parametrize(("secret", "mode"), [(bytes(31), 0o600), (bytes(32), 0o644)])
+def test_a_seed_secret_that_is_none(tmp_path: Path, secret: bytes, mode: int) -> None:
+    path = tmp_path / "seed-secret-1"
+    path.write_bytes(secret)
+    path.chmod(mode)
+    with pytest.raises(IntegrityError):
+        SeedSecrets(tmp_path, needed=set())
+
+
+def test_it_never_goes_back_behind_a_manifest(bench: Bench, tmp_path: Path) -> None:
+    database = Database(tmp_path / "state")
+    first = bench.consortium
+
+    def following(name: str) -> ManifestChain:
+        fields = dict(first.manifest) | {"number": 2, "previous": first.digest, "name": name}
+        keys = {member: ring.signing for member, ring in bench.members.items()}
+        return ManifestChain(manifests=(*bench.chain.manifests, sign_manifest(ConsortiumManifest(**fields), keys)))
+
+    for chain, number in ((bench.chain, 1), (following("grown"), 2), (following("grown"), 2)):
+        assert pin_consortium(database, "north", first.id, chain, 1).manifest.number == number
+    for older in (bench.chain, following("forked")):
+        with pytest.raises(ManifestError):
+            pin_consortium(database, "north", first.id, older, 1)
+    for key_broker, consortium in (("south", first.id), ("north", os.urandom(32))):
+        with pytest.raises(SetupError):
+            pin_consortium(database, key_broker, consortium, following("grown"), 1)
+    database.close()
+
+
+def test_the_keys_must_be_those_in_the_manifest(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "manifest").write_bytes(encode(bench.chain))
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    path = _settings_file(
+        tmp_path,
+        consortium=bench.consortium.id.hex(),
+        keys_file=keys,
+        manifest_file=tmp_path / "manifest",
+        state_dir=tmp_path / "state",
+    )
+    settings = load_settings(path)
+    for owner, expected in (("south", SetupError), ("north", None)):
+        keys.write_text(bench.key_brokers[owner].to_text())
+        database = Database(settings.state_dir)
+        if expected is None:
+            assert open_key_broker(settings, database)[1].id == "north"
+        else:
+            with pytest.raises(expected, match="other keys"):
+                open_key_broker(settings, database)
+        database.close()
+
+
+async def test_a_state_that_breaks_stops_the_program(bench: Bench) -> None:
+    job = bench.accepted_job(bench.register().use())
+    request = encode(NonceRequest(job_id=job.terms.job_id, terms=job.digest, attempt=1))
+    stop = asyncio.Event()
+    handlers = Handlers(bench.broker("north"), EventLog("key-broker"), stop)
+    assert decode(NonceReply, await handlers.by_op["nonce"](request)).expires > bench.clock()
+    handlers.raise_for_failure()
+    bench.database("north").close()
+    with pytest.raises(IntegrityError):
+        await handlers.by_op["nonce"](request)
+    assert stop.is_set()
+    with pytest.raises(UnavailableError):
+        await handlers.by_op["nonce"](request)
+    with pytest.raises(IntegrityError):
+        handlers.raise_for_failure()
+
+
+async def test_operations_are_logged_by_reason_code_alone(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = Handlers(bench.broker("north"), EventLog("key-broker"), asyncio.Event())
+    with pytest.raises(MalformedError):
+        await handlers.by_op["precheck"](b"a canary in the bytes")
+    (line,) = capfd.readouterr().err.splitlines()
+    event = json.loads(line)
+    assert (event["event"], event["op"], event["reason"]) == ("refused", "precheck", "malformed")
+    assert "canary" not in line
