@@ -35,6 +35,7 @@ MAX_RPC_BYTES: Final = (1 << 20) - 1024
 """Bound on a request and on an answer, in bytes: below the server's bound on one message, with room for framing."""
 
 MAX_MESSAGE_CHARS: Final = 500
+CLOSE_GRACE_S: Final = 5.0
 
 Handler = Callable[[bytes], Awaitable[bytes]]
 
@@ -98,12 +99,16 @@ class RpcServer:
             await settle(self._client)
 
     async def close(self) -> None:
-        """Stops listening and waits for the handlers under way."""
+        """Stops listening, gives handlers under way :data:`CLOSE_GRACE_S` to answer, then cancels them."""
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             with contextlib.suppress(CasemateError), translated("stopping to serve"):
                 await subscription.unsubscribe()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        if self._running:
+            _, late = await asyncio.wait(self._running, timeout=CLOSE_GRACE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def __aenter__(self) -> RpcServer:
         return self

@@ -13,7 +13,11 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+_PREFIX_BYTES = 3
 _MAX_FILE_BYTES = 256 << 20
 
 
@@ -60,14 +64,32 @@ class Leak:
 
 def leaks(canaries: Iterable[Canary], places: Iterable[Place]) -> list[Leak]:
     """Every canary, in every form, in every place outside its homes."""
+    wanted: dict[bytes, list[tuple[bytes, Canary, str]]] = {}
+    for canary in canaries:
+        for name, form in canary.forms().items():
+            wanted.setdefault(form[:_PREFIX_BYTES], []).append((form, canary, name))
+    prefixes = np.zeros(1 << 8 * _PREFIX_BYTES, dtype=bool)
+    prefixes[[int.from_bytes(prefix, "big") for prefix in wanted]] = True
     found = set()
-    forms = [(canary, canary.forms()) for canary in canaries]
     for place in places:
-        for canary, encoded in forms:
-            if place.path is not None and any(place.path.is_relative_to(home) for home in canary.homes):
-                continue
-            found |= {Leak(canary.name, name, place.name) for name, form in encoded.items() if form in place.data}
+        for position in _positions(place.data, prefixes):
+            for form, canary, name in wanted[place.data[position : position + _PREFIX_BYTES]]:
+                if place.data.startswith(form, position) and not _at_home(canary, place):
+                    found.add(Leak(canary.name, name, place.name))
     return sorted(found)
+
+
+def _positions(data: bytes, prefixes: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
+    """Where one of the prefixes stands: what is looked for is so much that each place must be read once only."""
+    values = np.frombuffer(data, np.uint8).astype(np.uint32)
+    if len(values) < _PREFIX_BYTES:
+        return []
+    positions: list[int] = np.flatnonzero(prefixes[values[:-2] << 16 | values[1:-1] << 8 | values[2:]]).tolist()
+    return positions
+
+
+def _at_home(canary: Canary, place: Place) -> bool:
+    return place.path is not None and any(place.path.is_relative_to(home) for home in canary.homes)
 
 
 def _written(secret: bytes) -> dict[str, bytes]:

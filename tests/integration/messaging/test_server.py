@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -145,4 +146,6 @@ async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         await asyncio.wait_for(ended.wait(), 20)
     finally:
         asyncio.get_running_loop().remove_reader(child)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(child, signal.SIGKILL)
         os.close(child)
