@@ -151,7 +151,6 @@ class House:
     exits: AsyncExitStack
     session: aiohttp.ClientSession
     origin: str = ""
-    gateway: Gateway | None = None
     people: list[PersonKeys] = field(default_factory=list)
 
     def caller(self, member: str, **options: Any) -> Caller:
@@ -166,7 +165,7 @@ class House:
         client = await self.stack.connect("gateway")
         settings = self.settings.model_copy(update=changes)
         async with running(settings, client, log=EventLog("gateway")) as (origin, gateway):
-            self.origin, self.gateway = origin, gateway
+            self.origin = origin
             yield gateway
 
     async def key_broker(

@@ -1,0 +1,42 @@
+"""``python -m casemate_gateway --settings FILE``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from casemate_messaging.logs import EventLog
+from casemate_schemas.errors import CasemateError
+
+from .app import serve
+from .logs import ClassNames
+from .settings import Settings
+
+
+def main() -> None:
+    """Runs the gateway until SIGTERM or SIGINT: exit status 0; 1 if it cannot run, with the reason on standard error."""
+    parser = argparse.ArgumentParser(prog="casemate-gateway", description=__doc__)
+    parser.add_argument("--settings", type=Path, required=True, help="TOML file; see docs/gateway.md")
+    arguments = parser.parse_args()
+    log = EventLog("gateway")
+    logging.basicConfig(handlers=[ClassNames(log)], level=logging.WARNING)
+    try:
+        asyncio.run(_run(Settings.load(arguments.settings), log))
+    except CasemateError as error:
+        sys.exit(f"casemate-gateway: {error}")
+
+
+async def _run(settings: Settings, log: EventLog) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await serve(settings, log, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""How a job gets from ``awaiting_approval`` into the queue, or does not.
+
+All that admission knows is in the records, so whatever it was doing when it died, the next one takes up: answers that
+were stored are not asked for again, a message that was queued is not queued twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from casemate_messaging.blobs import BlobStore
+from casemate_messaging.envelopes import EnvelopeStore
+from casemate_messaging.jobs import JobStore
+from casemate_messaging.logs import EventLog
+from casemate_messaging.queue import WorkQueue
+from casemate_messaging.rpc import call
+from casemate_schemas import subjects
+from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckAnswer, PrecheckRequest, Submission
+from casemate_schemas.codec import decode, encode
+from casemate_schemas.consortium import Consortium
+from casemate_schemas.errors import (
+    AuthorisationError,
+    CasemateError,
+    MalformedError,
+    SignatureError,
+    StateError,
+    problem_of,
+)
+from casemate_schemas.job_state import MAX_DELEGATION_BYTES, MAX_ROUTING_BYTES, Approval, JobRecord, JobState, revise
+from casemate_schemas.signatures import Signed
+from nats.aio.client import Client
+
+from .records import Job, RecordReader
+from .tasks import end
+from .transitions import Transitions
+
+MAX_SUBMISSION_BYTES: Final = MAX_TERMS_ENVELOPE_BYTES + MAX_ROUTING_BYTES + MAX_DELEGATION_BYTES + (4 << 10)
+MAX_ANSWER_BYTES: Final = 8 << 10
+MAX_CONCURRENT_ROUNDS: Final = 16
+"""Jobs being asked about at once; each holds its submission in memory."""
+
+_EXPIRING: Final = frozenset[JobState]({"awaiting_approval", "queued", "claimed", "running"})
+"""States that a passed deadline ends. From ``committing`` on a result may already be decided."""
+
+
+class Admission:
+    """Asks key brokers, then queues. One task for each job that waits; several gateways may do the same at once."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        consortium: Consortium,
+        jobs: JobStore,
+        blobs: BlobStore,
+        envelopes: EnvelopeStore,
+        queue: WorkQueue,
+        transitions: Transitions,
+        records: RecordReader,
+        log: EventLog,
+        clock: Callable[[], int],
+        key_broker_timeout_s: float,
+        retry_s: float,
+    ) -> None:
+        self._client = client
+        self._consortium = consortium
+        self._jobs = jobs
+        self._blobs = blobs
+        self._envelopes = envelopes
+        self._queue = queue
+        self._transitions = transitions
+        self._records = records
+        self._log = log
+        self._clock = clock
+        self._key_broker_timeout_s = key_broker_timeout_s
+        self._retry_s = retry_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._rounds = asyncio.Semaphore(MAX_CONCURRENT_ROUNDS)
+
+    def take_up(self, job_id: str) -> None:
+        """Begins or goes on admitting a job, in the background."""
+        if job_id not in self._tasks:
+            self._tasks[job_id] = asyncio.create_task(self._admit(job_id))
+            self._tasks[job_id].add_done_callback(lambda _: self._tasks.pop(job_id, None))
+
+    async def run(self, every_s: float) -> None:
+        """Reconciles now and every ``every_s`` seconds, for ever."""
+        while True:
+            try:
+                await self.reconcile()
+            except CasemateError as error:
+                self._log.warning("reconcile_failed", reason=error.reason)
+            await asyncio.sleep(every_s)
+
+    async def reconcile(self) -> None:
+        """Brings what the records say and what is under way together.
+
+        1. Jobs past their deadline expire, and leave the queue.
+        2. Jobs that wait for approval are taken up.
+        3. Queued jobs have their message in the queue.
+        """
+        found = [(record.job_id, record.state, record.deadline) async for record, _ in self._jobs.list()]
+        for job_id, state, deadline in found:
+            if state in _EXPIRING and deadline is not None and self._clock() >= deadline:
+                await self._expire(job_id)
+            elif state == "awaiting_approval":
+                self.take_up(job_id)
+            elif state == "queued":
+                await self._queue.publish(job_id)
+
+    async def close(self) -> None:
+        """Stops where it is; another admission goes on from the records."""
+        await end(self._tasks.values())
+
+    async def _admit(self, job_id: str) -> None:
+        """Asks again and again until the job waits no more. What fails here, the next reconciliation takes up."""
+        try:
+            again = await self._round(job_id)
+            while again:
+                await asyncio.sleep(self._retry_s)
+                again = await self._round(job_id)
+        except StateError:
+            return  # somebody ended the job meanwhile
+        except CasemateError as error:
+            self._log.warning("admission_interrupted", job_id=job_id, reason=error.reason)
+        except Exception as error:
+            self._log.error("unexpected", job_id=job_id, error=type(error).__name__)
+
+    async def _round(self, job_id: str) -> bool:
+        """One round of questions; whether another one is needed.
+
+        1. A job that waits no more, or no longer may, is left alone or expires.
+        2. Every key broker that has not answered is asked, all at once; each answer is stored as it comes.
+        3. One refusal ends the job, whatever the others would say.
+        4. With every yes the message is queued first and the state follows: a crash in between leaves a message that
+           workers hand back until the state is there.
+        """
+        record, _ = await self._jobs.get(job_id)
+        if record.state != "awaiting_approval":
+            return False
+        if record.deadline is not None and self._clock() >= record.deadline:
+            await self._expire(job_id)
+            return False
+        async with self._rounds:
+            record = await self._ask_pending(record)
+        if record.state != "awaiting_approval":
+            return False
+        if any(approval.verdict == "refused" for approval in record.approvals.values()):
+            await self._transitions.move(job_id, "refused", reason=record.reason or AuthorisationError.reason)
+            return False
+        if any(approval.verdict == "pending" for approval in record.approvals.values()):
+            return True
+        await self._queue.publish(job_id)
+        await self._transitions.move(job_id, "queued")
+        return False
+
+    async def _ask_pending(self, record: JobRecord) -> JobRecord:
+        """Puts the question to all who have not answered; the record with what they said."""
+        pending = [name for name, approval in sorted(record.approvals.items()) if approval.verdict == "pending"]
+        if not pending:
+            return record
+        job = self._records.open(record)
+        head = await self._envelopes.head(record.job_envelope)
+        stored = b"".join([piece async for piece in self._blobs.get(record.submission)])
+        submission = decode(Submission, stored, max_bytes=MAX_SUBMISSION_BYTES)
+        question = encode(PrecheckRequest(submission=submission, job_head=head.signed))
+        asking = [asyncio.create_task(self._ask(job, key_broker, question)) for key_broker in pending]
+        try:
+            for answer in asyncio.as_completed(asking):
+                if await answer == "refused":
+                    break
+        finally:
+            await end(asking)
+        return (await self._jobs.get(record.job_id))[0]
+
+    async def _ask(self, job: Job, key_broker: str, question: bytes) -> str:
+        """Asks one key broker and stores what it says; its verdict, ``pending`` if it gives no answer."""
+        subject = subjects.key_broker_op(key_broker, "precheck")
+        try:
+            answer = await call(self._client, subject, question, self._key_broker_timeout_s)
+        except CasemateError as error:
+            self._log.warning("precheck_failed", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
+            if problem_of(error).delivery == "term":
+                return await self._store(job, key_broker, Approval(verdict="refused"), error.reason)
+            return "pending"
+        try:
+            decision = self._verified(job, key_broker, answer)
+        except CasemateError as error:
+            self._log.warning("answer_refused", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
+            return "pending"
+        return await self._store(job, key_broker, Approval(verdict=decision.decision, answer=answer), decision.reason)
+
+    def _verified(self, job: Job, key_broker: str, answer: bytes) -> PrecheckAnswer:
+        """The answer, if that key broker signed it about these very terms."""
+        signed = decode(Signed, answer, max_bytes=MAX_ANSWER_BYTES)
+        decision = signed.verify(PrecheckAnswer, self._consortium.manifest.key_broker(key_broker).signing_key)
+        told = (decision.consortium, decision.key_broker, decision.job_id, decision.terms)
+        if told != (self._consortium.id, key_broker, job.routing.job_id, job.routing.terms):
+            raise SignatureError("the key broker's answer is about something else")
+        if (decision.decision == "refused") != (decision.reason is not None):
+            raise MalformedError("a refusal, and nothing else, has a reason")
+        return decision
+
+    async def _store(self, job: Job, key_broker: str, approval: Approval, reason: str | None) -> str:
+        """Writes one key broker's say into the record, whatever the others are doing to it; the verdict."""
+
+        def said(record: JobRecord) -> JobRecord:
+            if record.state != "awaiting_approval" or record.approvals[key_broker].verdict != "pending":
+                return record
+            changes = {} if record.reason or not reason else {"reason": reason}
+            approvals = {**record.approvals, key_broker: approval}
+            return revise(record, now_ms=self._clock(), approvals=approvals, **changes)
+
+        await self._jobs.change(job.record.job_id, said)
+        return approval.verdict
+
+    async def _expire(self, job_id: str) -> None:
+        with contextlib.suppress(StateError):
+            await self._transitions.move(job_id, "expired", reason=None)
+            await self._queue.remove(job_id)

@@ -1,0 +1,95 @@
+"""How a refusal looks: RFC 9457 problem details, one for each class of the error tree, and never more than its asker may know."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from time import monotonic
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from casemate_messaging.logs import EventLog
+from casemate_schemas.api import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE_PREFIX, ProblemDetails
+from casemate_schemas.errors import (
+    CasemateError,
+    MalformedError,
+    NotFoundError,
+    TooLargeError,
+    UnavailableError,
+    problem_of,
+)
+
+RETRY_AFTER_S = 5
+
+_HTTP_REASONS = {404: NotFoundError.reason, 408: UnavailableError.reason, 413: TooLargeError.reason}
+
+
+def problem(error: CasemateError) -> web.Response:
+    """The answer to a request that raised ``error``: below 500 with its text, which speaks of the request alone."""
+    status = problem_of(error).status
+    told = str(error) if status < 500 else HTTPStatus(status).description
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UnavailableError) else None
+    return problem_response(status, error.reason, told, headers)
+
+
+def problem_response(status: int, reason: str, detail: str, headers: dict[str, str] | None = None) -> web.Response:
+    """An RFC 9457 problem."""
+    details = ProblemDetails(
+        type=PROBLEM_TYPE_PREFIX + reason,
+        title=reason.replace("_", " "),
+        status=status,
+        detail=detail,
+        reason=reason,
+    )
+    return web.Response(status=status, text=details.model_dump_json(), content_type=PROBLEM_MEDIA_TYPE, headers=headers)
+
+
+def http_problem(error: web.HTTPException) -> web.Response:
+    """What aiohttp itself refuses (no such path, no such method), in the same form."""
+    reason = _HTTP_REASONS.get(error.status, MalformedError.reason)
+    headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+    return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
+
+
+def error_boundary(log: EventLog) -> Middleware:
+    """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log.
+
+    Of an error that nobody foresaw the class is logged, and nothing of it is told.
+    """
+
+    @web.middleware
+    async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started = monotonic()
+        reason: str | None = None
+        try:
+            response = await handler(request)
+        except CasemateError as error:
+            reason, response = error.reason, problem(error)
+        except web.HTTPException as error:
+            response = http_problem(error)
+        except Exception as error:
+            reason = CasemateError.reason
+            log.error("unexpected", error=type(error).__name__, route=_route(request))
+            response = problem_response(500, reason, HTTPStatus(500).description)
+        _log(log, request, response, reason, started)
+        return response
+
+    return boundary
+
+
+def _log(log: EventLog, request: web.Request, response: web.StreamResponse, reason: str | None, started: float) -> None:
+    duration_ms = round((monotonic() - started) * 1000, 1)
+    write = log.warning if response.status >= 500 else log.info
+    write(
+        "request",
+        method=request.method if request.method.isalpha() else "?",
+        route=_route(request),
+        status=response.status,
+        duration_ms=duration_ms,
+        reason=reason or "",
+    )
+
+
+def _route(request: web.Request) -> str:
+    """The route's pattern, never the path itself."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "none"

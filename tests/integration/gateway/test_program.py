@@ -1,0 +1,158 @@
+"""The program itself, as a process: ready, killed, restarted, stopped; and how much memory an upload takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from casemate_messaging.jobs import JobStore
+from casemate_messaging.queue import WorkQueue
+from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
+from support.gateway import House
+from support.http import signed_request
+
+MIB = 1 << 20
+
+
+class Program:
+    """``python -m casemate_gateway`` and what it says."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ready: dict[str, Any]) -> None:
+        self.process = process
+        self.ready = ready
+
+    def memory_bytes(self, field: str) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(rf"{field}:\s+(\d+) kB", status)
+        assert found
+        return int(found[1]) * 1024
+
+
+def settings_file(folder: Path, house: House, **changes: Any) -> Path:
+    values = {**house.settings.model_dump(mode="json", exclude_defaults=True), **changes}
+    path = folder / "gateway.toml"
+    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
+    return path
+
+
+@asynccontextmanager
+async def program(settings: Path) -> AsyncIterator[Program]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
+    )
+    assert process.stderr is not None
+    drain: asyncio.Task[bytes] | None = None
+    try:
+        async with asyncio.timeout(30):
+            line = json.loads(await process.stderr.readline())
+            while line["event"] != "ready":
+                line = json.loads(await process.stderr.readline())
+        drain = asyncio.create_task(process.stderr.read())
+        yield Program(process, line)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        if drain is not None:
+            await drain
+
+
+async def test_it_is_ready_and_ends_cleanly(a_house: House, tmp_path: Path) -> None:
+    async with program(settings_file(tmp_path, a_house)) as gateway:
+        a_house.origin = gateway.ready["address"]
+        clara = a_house.caller("clara")
+        await a_house.submitted(clara)
+        job_id = (await clara.get(JOBS_PATH)).json["jobs"][0]["job_id"]
+        events = f"{a_house.origin}{JOBS_PATH}/{job_id}/events"
+        request = signed_request(clara.person.signing, clara.person.delegation, "GET", events)
+        async with a_house.session.get(events, headers=request.headers) as response:
+            assert (await response.content.readuntil(b"\n\n")).startswith(b"id: ")
+            gateway.process.send_signal(signal.SIGTERM)
+            assert await response.read() == b""
+        assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+
+
+async def test_killed_while_it_asks_and_started_again(a_house: House, tmp_path: Path) -> None:
+    settings = settings_file(tmp_path, a_house)
+    asked, never = asyncio.Event(), asyncio.Event()
+
+    async def silent(_: object) -> Any:
+        asked.set()
+        await never.wait()
+        return "yes", None
+
+    north = await a_house.key_broker("north", silent)
+    async with program(settings) as gateway:
+        a_house.origin = gateway.ready["address"]
+        _, reply = await a_house.submitted(a_house.caller("clara"))
+        await asked.wait()
+        os.kill(gateway.process.pid, signal.SIGKILL)
+        assert await gateway.process.wait() == -signal.SIGKILL
+    never.set()
+    await a_house.key_broker("clara")
+    async with program(settings) as gateway:
+        a_house.origin = gateway.ready["address"]
+        queue = WorkQueue(await a_house.client("worker-1"))
+        delivery = await queue.pull(20)
+        assert delivery is not None
+        assert delivery.job_id == reply.json["job_id"]
+        jobs = JobStore(await a_house.client("gateway"))
+        async with asyncio.timeout(10), aclosing(jobs.watch(delivery.job_id)) as changes:
+            assert await anext(record async for record, _ in changes if record.state == "queued")
+    assert len(north.asked) == 2
+
+
+async def test_an_upload_takes_bounded_memory(a_house: House, tmp_path: Path) -> None:
+    size = 160 * MIB
+    async with program(settings_file(tmp_path, a_house)) as gateway:
+        a_house.origin = gateway.ready["address"]
+        clara = a_house.caller("clara")
+        small = await clara.post(ENVELOPES_PATH, a_house.envelope(clara, "dataset", bytes(MIB)))
+        assert small.status == 201
+        before = gateway.memory_bytes("VmHWM")
+        envelope = a_house.envelope(clara, "dataset", secrets.token_bytes(MIB) * (size // MIB))
+        assert (await clara.post(ENVELOPES_PATH, envelope)).status == 201
+        grown = gateway.memory_bytes("VmHWM") - before
+        assert grown < size // 3, f"grew by {grown / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"consortium": "00" * 32}, "another consortium"),
+        ({"manifest_file": "/nonexistent"}, "cannot read"),
+        ({"nats_url": "nats://127.0.0.1:1", "nats_connect_s": 0.5}, "no NATS server answers"),
+        ({"port": 99999}, "setting port"),
+    ],
+)
+async def test_it_says_why_it_cannot_run(a_house: House, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    settings = settings_file(tmp_path, a_house, **changes)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
+    )
+    _, told = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 1
+    assert says in told.decode()
+    assert "Traceback" not in told.decode()
+
+
+async def test_a_seed_that_others_can_read(a_house: House, tmp_path: Path) -> None:
+    seed = tmp_path / "open.nk"
+    seed.write_bytes(a_house.stack.seeds["gateway"].read_bytes())
+    seed.chmod(0o644)
+    settings = settings_file(tmp_path, a_house, nats_seed_file=str(seed))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
+    )
+    _, told = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, "chmod 600" in told.decode()) == (1, True)
