@@ -97,13 +97,18 @@ def show(layout: Layout) -> None:
     for person in facts.people:
         table.add_row(person, str(layout.person_keys(person)))
     table.add_row("logs", str(layout.logs))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if facts.people:
+        keys = layout.person_keys(facts.people[-1])
+        console.print(f"export CASEMATE_URL={facts.url} CASEMATE_IDENTITY={keys}", soft_wrap=True)
+        console.print("casemate datasets list", soft_wrap=True)
 
 
 def _start_in_background(layout: Layout, port: int) -> None:
     from casemate.local_stack.supervisor import running_supervisor
 
-    command = [sys.executable, "-I", "-m", "casemate.cli", "up", "--dir", str(layout.folder), "--port", str(port)]
+    command = [sys.executable, "-I", "-m", "casemate", "up", "--dir", str(layout.folder), "--port", str(port)]
     with (layout.logs / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=layout.folder

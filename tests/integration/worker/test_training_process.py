@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -223,8 +224,6 @@ asyncio.run(main())
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    import select
-
     ready, _, _ = select.select([child], [], [], 30)
     os.close(child)
     assert ready
