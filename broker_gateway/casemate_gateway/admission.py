@@ -29,7 +29,15 @@ from casemate_schemas.errors import (
     StateError,
     problem_of,
 )
-from casemate_schemas.job_state import MAX_DELEGATION_BYTES, MAX_ROUTING_BYTES, Approval, JobRecord, JobState, revise
+from casemate_schemas.job_state import (
+    MAX_DELEGATION_BYTES,
+    MAX_ROUTING_BYTES,
+    TERMINAL,
+    Approval,
+    JobRecord,
+    JobState,
+    revise,
+)
 from casemate_schemas.signatures import Signed
 from nats.aio.client import Client
 
@@ -100,7 +108,7 @@ class Admission:
 
         1. Jobs past their deadline expire, and leave the queue.
         2. Jobs that wait for approval are taken up.
-        3. Queued jobs have their message in the queue.
+        3. Jobs that wait for a worker, or have one, have their message in the queue: should it be lost, it is put back.
         """
         found = [(record.job_id, record.state, record.deadline) async for record, _ in self._jobs.list()]
         for job_id, state, deadline in found:
@@ -108,7 +116,7 @@ class Admission:
                 await self._expire(job_id)
             elif state == "awaiting_approval":
                 self.take_up(job_id)
-            elif state == "queued":
+            elif state not in TERMINAL:
                 await self._queue.publish(job_id)
 
     async def close(self) -> None:

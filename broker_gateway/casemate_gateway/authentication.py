@@ -122,7 +122,7 @@ class Authenticator:
         return result
 
     async def _use_nonce(self, person: Person, nonce: str | None) -> None:
-        if nonce is None or not MIN_NONCE_CHARS <= len(nonce) <= MAX_NONCE_CHARS:
+        if not isinstance(nonce, str) or not MIN_NONCE_CHARS <= len(nonce) <= MAX_NONCE_CHARS:
             raise AuthenticationError(f"expected a nonce of {MIN_NONCE_CHARS} to {MAX_NONCE_CHARS} characters")
         key = hashlib.sha256(person.signing_key + nonce.encode("ascii")).hexdigest()
         if not await self._nonces.first_use(key):

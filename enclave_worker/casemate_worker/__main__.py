@@ -18,6 +18,7 @@ from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
 from casemate_schemas.errors import CasemateError, SetupError
 from pydantic import ValidationError
 
+from .isolation import keep_memory_private
 from .settings import Settings
 from .worker import Worker
 
@@ -29,8 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="casemate-worker", description=__doc__)
     parser.add_argument("--settings", type=Path, required=True, help="TOML file (docs/worker.md)")
     log = EventLog("worker")
+    arguments = parser.parse_args()
     try:
-        asyncio.run(_serve(load_settings(parser.parse_args().settings), log))
+        keep_memory_private()
+        asyncio.run(_serve(load_settings(arguments.settings), log))
     except CasemateError as error:
         print(f"casemate-worker: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from fractions import Fraction
 from typing import TYPE_CHECKING, BinaryIO
 
 from casemate_schemas.codec import decode, digest_of, encode
@@ -17,7 +18,7 @@ from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec
 from casemate_schemas.sections import unpack_sections
 
 from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame
-from .isolation import die_with_parent, isolate
+from .isolation import die_before_parent, die_with_parent, isolate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,10 +72,18 @@ class Child:
         return spec, self._take_pieces(b"W", b"p")
 
     def _build(self, spec: JobSpec, weights: bytes) -> nn.Module:
+        """The model; a throw-away copy of it has been through the very code that real records will meet."""
+        import torch
         from casemate_models.building import build
         from casemate_models.losses import check_loss
 
-        check_loss(spec.model, spec.plan.training.loss, spec.plan.pipeline)
+        from .training.engine import OwnerData, Trainer
+
+        plan, training = spec.plan, spec.plan.training
+        check_loss(spec.model, training.loss, plan.pipeline)
+        kind = torch.int64 if training.loss == "cross_entropy" else torch.float32
+        nobody = OwnerData("nobody", torch.zeros(1, *spec.model.input_shape), torch.zeros(1, dtype=kind), Fraction(1))
+        Trainer(build(spec.model, weights), [nobody], training, expected_batch=plan.expected_batch, seed=bytes(32))
         return build(spec.model, weights)
 
     def _take_data(self, spec: JobSpec) -> tuple[list[bytes], bytes, bytes]:
@@ -154,6 +163,7 @@ def owner_data(spec: JobSpec, use: DatasetUse, plaintext: bytes) -> OwnerData:
 def main() -> None:
     """Talk over standard input and output; nothing else may reach either, or standard error."""
     die_with_parent()
+    die_before_parent()
     sink = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):

@@ -45,7 +45,11 @@ Report = StepDone | CheckpointReady | Trained
 
 
 class TrainingProcess:
-    """One child for one attempt. Use as an async context manager: leaving it kills the child."""
+    """One child for one attempt. Use as an async context manager: leaving it kills the child.
+
+    It computes what a stranger's model says, so it is believed as little as possible: once it was fed data, all that can
+    leave it besides checkpoints and weights is a count of steps, one after another, or the one failure.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         if process.stdin is None or process.stdout is None:
@@ -54,6 +58,8 @@ class TrainingProcess:
         self._stdin = process.stdin
         self._stdout = process.stdout
         self.isolation = ""
+        self._last_step = 0
+        self._has_data = False
 
     @classmethod
     async def start(cls, threads: int) -> Self:
@@ -84,6 +90,7 @@ class TrainingProcess:
         Raises what the child found wrong with it (:class:`ModelError` and the like).
         """
         self.isolation = (await self._expect(b"R")).decode("ascii")
+        self._last_step = spec.plan.training.steps
         await self._write(b"S", encode(spec))
         await self._write_pieces(b"W", pieces(weights))
         await self._write(b"p", b"")
@@ -91,6 +98,7 @@ class TrainingProcess:
 
     async def feed(self, plaintext: AsyncIterator[bytes]) -> None:
         """Streams one dataset's plaintext; datasets come in the order of the plan."""
+        self._has_data = True
         async for part in plaintext:
             await self._write_pieces(b"D", pieces(part))
         await self._write(b"d", b"")
@@ -103,17 +111,18 @@ class TrainingProcess:
         await self._write_pieces(b"C", pieces(checkpoint or b""))
         await self._write(b"c", b"")
         await self._write(b"T", encode(Train(seed=seed)))
-        parts = bytearray()
+        parts, done = bytearray(), 0
         while True:
             tag, payload = await self._next()
             if tag == b"P":
-                yield StepDone(decode(Progress, payload).step)
+                done = self._counted(payload, done)
+                yield StepDone(done)
             elif tag in (b"c", b"w"):
                 parts += payload
                 if len(parts) > _MAX_WEIGHTS_BYTES:
                     raise TrainingError("the training process sends too much")
             elif tag == b"C":
-                yield CheckpointReady(decode(Progress, payload).step, bytes(parts))
+                yield CheckpointReady(done, bytes(parts))
                 parts.clear()
             elif tag == b"W":
                 yield Trained(bytes(parts))
@@ -135,6 +144,16 @@ class TrainingProcess:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _counted(self, payload: bytes, done: int) -> int:
+        """The next step: any of the plan's to begin with (a checkpoint may have been resumed), then by ones."""
+        try:
+            step = decode(Progress, payload).step
+        except MalformedError as error:
+            raise TrainingError("the training process is out of step") from error
+        if not 0 < step <= self._last_step or (done and step != done + 1):
+            raise TrainingError("the training process is out of step")
+        return step
+
     async def _expect(self, tag: bytes) -> bytes:
         got, payload = await self._next()
         if got != tag:
@@ -146,9 +165,11 @@ class TrainingProcess:
             tag, payload = await read_frame_async(self._stdout)
         except MalformedError as error:
             raise TrainingError("the training process ended") from error
+        if tag == b"E" and self._has_data:
+            raise TrainingError("training failed")
         if tag == b"E":
             failure = decode(Failure, payload)
-            raise error_from_reason(failure.reason, failure.message or "training failed")
+            raise error_from_reason(failure.reason, failure.message)
         return tag, payload
 
     async def _write(self, tag: bytes, payload: bytes | memoryview) -> None:

@@ -1,4 +1,4 @@
-"""How the training process is cut off: no network, no other program, no debugger, no core dump.
+"""How the training process is cut off: no network, no other program, no debugger, no core dump; and the worker from it.
 
 A seccomp filter (seccomp(2)) that the process sets on itself before it has read a single input, needs no privilege, and
 can never take off again. System call numbers are those of the kernel's x86-64 and arm64 tables.
@@ -6,6 +6,7 @@ can never take off again. System call numbers are those of the kernel's x86-64 a
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -13,6 +14,7 @@ import platform
 import resource
 import socket
 import sys
+from pathlib import Path
 from typing import Final
 
 from casemate_schemas.errors import SetupError
@@ -58,17 +60,36 @@ def die_with_parent() -> None:
         _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
 
+def die_before_parent() -> None:
+    """Where memory runs out, the kernel is to end this process first (proc(5), oom_score_adj), not the worker.
+
+    So a model that takes too much fails its own job, and does not end one worker after another.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def keep_memory_private() -> None:
+    """No core dump of this process, and no look into it for others of its user, its own training process among them.
+
+    What is not dumpable cannot be traced, nor opened as ``/proc/<pid>/mem`` (prctl(2), PR_SET_DUMPABLE). Raises
+    :class:`SetupError` where the kernel refuses.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        _prctl(_PR_SET_DUMPABLE, 0)
+
+
 def isolate() -> str:
     """Cut this process off, check that it is, and say how.
 
     Returns :data:`SECCOMP`, or :data:`NONE` where the system has no seccomp (the caller decides whether that will do).
     Raises :class:`SetupError` if the filter was accepted but a socket can still be made.
     """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    keep_memory_private()
     rules = _FORBIDDEN.get(platform.machine())
     if sys.platform != "linux" or rules is None:
         return NONE
-    _prctl(_PR_SET_DUMPABLE, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _install(*rules)
     _check_cut_off()

@@ -79,6 +79,7 @@ def check_grant(header: GrantHeader, name: str, evidence: Evidence, consortium: 
         "key broker": (header.key_broker, name),
         "consortium": (header.consortium, consortium.id),
         "manifest": (header.manifest, claims.manifest),
+        "manifest number": (header.manifest_number, consortium.manifest.number),
         "job": (header.job_id, claims.job_id),
         "terms": (header.terms, claims.terms),
         "attempt": (header.attempt, claims.attempt),
@@ -88,6 +89,17 @@ def check_grant(header: GrantHeader, name: str, evidence: Evidence, consortium: 
     for what, (got, wanted) in expected.items():
         if got != wanted:
             raise ReleaseError(f"a Grant names another {what} than this attempt's")
+
+
+def check_cover(keys: Keys, terms: Terms) -> None:
+    """Raises :class:`ReleaseError` unless each owner's own key broker granted the terms' version under the terms' licence.
+
+    Recipients check the same; a result that they would refuse must never be computed.
+    """
+    for use in terms.plan.datasets:
+        header = keys.headers[use.key_broker]
+        if use.envelope not in header.envelopes or use.licence not in header.licences:
+            raise ReleaseError(f"key broker {use.key_broker} granted another version or licence than that in the terms")
 
 
 def committed_digest(keys: Keys, terms: Terms) -> bytes | None:

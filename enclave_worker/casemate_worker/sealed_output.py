@@ -98,7 +98,8 @@ async def commit(
         )
         signed = decode(Signed, await ask(name, "commit", encode(sign(request, attempt.signing))))
         receipt = signed.verify(CommitReceipt, consortium.manifest.key_broker(name).signing_key)
-        if (receipt.key_broker, receipt.terms, receipt.result) != (name, terms.digest, result):
+        about = (receipt.consortium, receipt.key_broker, receipt.job_id, receipt.terms, receipt.result)
+        if about != (consortium.id, name, attempt.job_id, terms.digest, result):
             raise ReleaseError("a receipt is about another result than the one to commit")
         receipts.append(signed)
     return tuple(receipts)

@@ -33,7 +33,7 @@ from casemate_schemas.errors import (
     UnavailableError,
     problem_of,
 )
-from casemate_schemas.evidence import Evidence
+from casemate_schemas.evidence import MAX_ATTEMPTS, Evidence
 from casemate_schemas.job_state import (
     TERMINAL,
     JobRecord,
@@ -54,11 +54,13 @@ from .executor import CheckpointReady, StepDone, Trained, TrainingProcess
 from .isolation import SECCOMP
 from .job_input import OpenedJob, open_dataset, open_job
 from .key_schedule import attempt_seed, fresh_entropy
-from .keys import Keys, committed_digest, request_grant
+from .keys import Keys, check_cover, committed_digest, request_grant
 from .sealed_output import SealedOutput, commit, granted, release
 from .settings import Settings
 
 _EVENT_INTERVAL_S: Final = 0.25
+_MAX_DOUBLINGS: Final = 7
+"""Of the retry delay: it ends at 128 times the setting, some four minutes by default."""
 
 
 class Worker:
@@ -135,7 +137,7 @@ class Worker:
 
         1. Fresh keys; evidence that holds every key broker's nonce.
         2. The job's key; open the job; submitter, spec, terms and routing must agree.
-        3. Build the model in the training process: a bad one is refused before any budget is touched.
+        3. Build and probe the model in the training process: a bad one is refused before any other owner is asked.
         4. The owners' Grants, each with its reservation.
         5. Train, unless a predecessor's result is committed already; upload it for no recipient to read.
         6. Commit: every key broker's receipt for this one result.
@@ -151,6 +153,7 @@ class Worker:
             self._check_isolation(child)
             owners = [name for name in job.terms.terms.key_brokers if name not in keys.grants]
             await asyncio.gather(*(self._grant(name, attempt, evidence, keys) for name in owners))  # 4
+            check_cover(keys, job.terms.terms)
             await self._move(attempt, "running", step=0, steps=job.spec.plan.training.steps)
             result = committed_digest(keys, job.terms.terms)
             if result is None:
@@ -175,12 +178,12 @@ class Worker:
             await child.feed(open_dataset(use, keys, self._store, self._consortium))
         resume_key = keys.resume_key(job.terms.digest)
         seed = attempt_seed(keys.shares, job.terms.digest, attempt.number, fresh_entropy())
-        progress = _Throttle(_EVENT_INTERVAL_S)
+        progress, saving = _Throttle(_EVENT_INTERVAL_S), _Throttle(self._settings.checkpoint_interval_s)
         async for report in child.train(seed, await self._last_checkpoint(record, resume_key)):
             match report:
                 case StepDone(step) if progress.due():
                     await self._tell(attempt, job, step)
-                case CheckpointReady(step, state):
+                case CheckpointReady(step, state) if saving.due():
                     digest = await self._output.put("checkpoint", [state], attempt, resume_key, created=self._clock())
                     await self._revise(attempt, checkpoint=digest)
                     self._log.info("checkpoint", job_id=attempt.job_id, attempt=attempt.number, step=step)
@@ -222,7 +225,7 @@ class Worker:
             return None
         try:
             return await self._output.open(record.checkpoint, "checkpoint", resume_key)
-        except (SealError, NotFoundError, IntegrityError) as error:
+        except (SealError, NotFoundError, IntegrityError, ReleaseError) as error:
             self._log.warning("checkpoint_unusable", job_id=record.job_id, reason=error.reason)
             return None
 
@@ -248,13 +251,15 @@ class Worker:
         def claim(record: JobRecord) -> JobRecord:
             if record.state in TERMINAL or record.state == "awaiting_approval":
                 return record
-            if record.deadline is not None and record.state != "committing" and self._clock() > record.deadline:
+            if record.attempt >= MAX_ATTEMPTS:
+                return advance(record, "failed", now_ms=self._clock(), reason="attempts_exhausted")
+            if record.deadline is not None and record.upload is None and self._clock() > record.deadline:
                 return advance(record, "expired", now_ms=self._clock(), reason="deadline_passed")
             return advance(record, "claimed", now_ms=self._clock(), worker=self._settings.name)
 
         record = await self._jobs.change(delivery.job_id, claim)
         if record.state == "awaiting_approval":
-            await delivery.nak(self._settings.retry_delay_s)
+            await delivery.nak(self._retry_delay_s(delivery))
             return None
         if record.state in TERMINAL:
             await self._events.publish(event_of(record))
@@ -320,14 +325,23 @@ class Worker:
         attempt = 0 if record is None else record.attempt
         self._log.warning("gave_up", job_id=delivery.job_id, attempt=attempt, reason=error.reason, state=fate)
         with contextlib.suppress(CasemateError):
-            if isinstance(error, StateError):  # ended by somebody else: nothing is left to do
+            if isinstance(error, StateError) and await self._has_ended(delivery.job_id):
                 await delivery.ack()
             elif fate == "term":
                 if record is not None:
                     await self._end(record, error)
                 await delivery.ack()
             elif fate == "nak":
-                await delivery.nak(self._settings.retry_delay_s)
+                await delivery.nak(self._retry_delay_s(delivery))
+
+    def _retry_delay_s(self, delivery: Delivery) -> float:
+        """Doubled with each delivery: a short absence is bridged quickly, a long one does not use up the attempts."""
+        return self._settings.retry_delay_s * 2.0 ** min(delivery.count - 1, _MAX_DOUBLINGS)
+
+    async def _has_ended(self, job_id: str) -> bool:
+        """By the record: a :class:`StateError` may also be what a key broker answered."""
+        record, _ = await self._jobs.get(job_id)
+        return record.state in TERMINAL
 
     async def _end(self, record: JobRecord, error: CasemateError) -> None:
         """Refused, or failed once data was opened. The reason code is all that anyone learns."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from casemate_privacy.accounting import epsilon
 from casemate_privacy.events import TrainingEvent
-from casemate_privacy.renyi import rdp_curve
+from casemate_privacy.renyi import Curve, rdp_curve
 from casemate_privacy.renyi_filter import RenyiFilter
 from casemate_schemas.errors import BudgetError
 from casemate_schemas.job import DatasetUse, Training
@@ -61,8 +62,14 @@ def balance(tx: Transaction, dataset: Registered) -> Balance:
     A single job is stated at its own exact epsilon, which the filter's bound, made for many, lies above.
     """
     lifetime = RenyiFilter(dataset.licence.epsilon, dataset.licence.delta)
-    curve = ledger.spent_curve(tx, dataset.lineage)
-    spent, charges = lifetime.spent_epsilon(curve), ledger.newest_charges(tx, dataset.lineage, 2)
-    if len(charges) == 1:
-        spent = min(spent, epsilon(charges[0][1].event, dataset.licence.delta))
-    return Balance(spent, lifetime.remaining_epsilon(curve))
+    proven = _proven(lifetime, ledger.spent_curve(tx, dataset.lineage))
+    charges = ledger.newest_charges(tx, dataset.lineage, 2)
+    if len(charges) != 1:
+        return proven
+    return Balance(min(proven.spent, epsilon(charges[0][1].event, dataset.licence.delta)), proven.remaining)
+
+
+@lru_cache(maxsize=4096)
+def _proven(lifetime: RenyiFilter, spent: Curve) -> Balance:
+    """A fifth of a second of bisection, and the same until the next charge: a listing asks for every dataset's at once."""
+    return Balance(lifetime.spent_epsilon(spent), lifetime.remaining_epsilon(spent))

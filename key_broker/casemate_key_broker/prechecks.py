@@ -25,7 +25,7 @@ from casemate_schemas.licence import Action, Question, check_licence
 from casemate_schemas.pipeline import Loss
 from casemate_schemas.sealing import check_consortium, open_envelope, unseal_content_key
 from casemate_schemas.signatures import Signed
-from casemate_schemas.terms import VerifiedTerms, verify_terms
+from casemate_schemas.terms import Terms, VerifiedTerms, verify_terms
 
 from . import licences
 from .budgets import charge_of, check_cap
@@ -80,10 +80,14 @@ def open_terms(submission: Submission, routing: Routing, submitter: Delegation, 
 
 
 def check_routing(verified: VerifiedTerms, routing: Routing, submitter: Delegation) -> None:
-    """Raises :class:`ParameterError`, naming the field, unless the routing repeats what the terms say."""
+    """Raises :class:`ParameterError`, naming the field, unless the routing repeats what the terms say.
+
+    The terms must name the very delegation that holds now: terms state their own time, so their signer could date them
+    back to an older delegation, with roles or a member that the person has no longer.
+    """
     terms = verified.terms
     pairs = {
-        "submitter": (verified.submitter.signing_key, submitter.signing_key),
+        "submitter": (verified.submitter, submitter),
         "job_id": (terms.job_id, routing.job_id),
         "job_key_broker": (terms.job_key_broker, routing.job_key_broker),
         "key_brokers": (terms.key_brokers, routing.key_brokers),
@@ -98,8 +102,19 @@ def check_times(verified: VerifiedTerms, now: int) -> None:
     """Raises :class:`ParameterError` for terms from the future or past their deadline."""
     if verified.terms.created > now + MAX_CLOCK_SKEW_MS:
         raise ParameterError("the terms were created in the future: check the submitter's clock")
-    if verified.terms.deadline <= now:
+    check_deadline(verified.terms, now)
+
+
+def check_deadline(terms: Terms, now: int) -> None:
+    """Raises :class:`ParameterError` for terms past their deadline."""
+    if terms.deadline <= now:
         raise ParameterError("the deadline has passed")
+
+
+def check_recipients(verified: VerifiedTerms, party: Party, now: int) -> None:
+    """Raises :class:`AuthenticationError` unless every recipient's delegation is valid now, whatever time the terms state."""
+    for signed in verified.terms.plan.recipients:
+        verify_delegation(signed, party.consortium, at=now)
 
 
 def check_job_head(job_head: bytes, routing: Routing, submitter: Delegation, party: Party) -> None:

@@ -133,6 +133,7 @@ class KeyBroker:
         signed = prechecks.open_terms(request.submission, routing, submitter, self._party)
         verified = prechecks.verified_terms(signed, self._party)
         prechecks.check_routing(verified, routing, submitter)
+        prechecks.check_recipients(verified, self._party, now)
         prechecks.check_times(verified, now)
         if routing.job_key_broker == self._party.id:
             prechecks.check_job_head(request.job_head, routing, submitter, self._party)
@@ -170,19 +171,20 @@ class KeyBroker:
     # --- nonce --------------------------------------------------------------------------------------------------------
 
     def nonce(self, payload: bytes) -> bytes:
-        """:class:`NonceReply` to a :class:`NonceRequest` about terms that were answered yes."""
+        """:class:`NonceReply` to a :class:`NonceRequest` about terms that were answered yes and are still worth a worker.
+
+        Anyone may ask, so nothing is logged here: what the nonce is used for is.
+        """
         now = self._clock()
         request = decode(NonceRequest, payload)
         limits = self._limits
         with self._database.transaction() as tx:
-            known_terms.find(tx, request.terms, request.job_id)
+            known = known_terms.find(tx, request.terms, request.job_id)
+            if ledger.find_reservation(tx, request.terms) is None:
+                prechecks.check_deadline(known.signed.peek(Terms), now)
             reply = nonces.issue(
                 tx, request, now=now, ttl_ms=limits.nonce_ttl_ms, max_outstanding=limits.max_outstanding_nonces
             )
-            entry = AuditEntry(
-                key_broker=self._party.id, event="challenged", at=now, subject=request.job_id, terms=request.terms
-            )
-            audit_log.append(tx, entry)
         return encode(reply)
 
     # --- grant --------------------------------------------------------------------------------------------------------

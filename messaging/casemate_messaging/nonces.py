@@ -1,4 +1,4 @@
-"""Nonces of HTTP requests already seen: a bucket in memory that forgets by itself."""
+"""Nonces of HTTP requests already seen: a bucket that forgets by itself."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
 class NonceStore:
     """The bucket ``nonces``, shared by all gateways.
 
-    It remembers for ``StreamSettings.nonce_age_s`` and not across a restart of NATS, so a request's own expiry must be
-    shorter than the former, and replays of what must not happen twice are refused by the objects themselves.
+    It remembers for ``StreamSettings.nonce_age_s``, so a request's own expiry must be shorter than that. It lies on the disk:
+    a stream in memory is gone after a restart of NATS, its configuration too, and no request could be taken any more.
     """
 
     def __init__(self, client: Client) -> None:

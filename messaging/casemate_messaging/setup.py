@@ -37,7 +37,8 @@ class StreamSettings:
     event_age_s: float = 30 * _DAY_S
     nonce_age_s: float = 600.0
     ack_wait_s: float = 30.0
-    max_deliver: int = 20
+    max_deliver: int = -1
+    """Deliveries of one job; without a bound (-1) its deadline ends it, and nothing is ever left undeliverable."""
     max_ack_pending: int = 10_000
 
 
@@ -88,7 +89,6 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             subjects.NONCE_STREAM,
             f"$KV.{subjects.NONCE_BUCKET}.*",
             settings,
-            storage=StorageType.MEMORY,
             max_msgs_per_subject=1,
             max_age=settings.nonce_age_s,
             max_bytes=64 << 20,

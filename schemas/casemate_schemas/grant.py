@@ -94,7 +94,7 @@ class AuditEntry(WireModel):
 
     version: Literal[1] = 1
     key_broker: Name
-    event: Literal["registered", "prechecked", "challenged", "granted", "refused", "committed", "manifest"]
+    event: Literal["registered", "prechecked", "granted", "refused", "committed", "manifest"]
     at: UnixMs
     subject: Annotated[str, Field(max_length=200)]
     """What it is about: a dataset id or a job id."""

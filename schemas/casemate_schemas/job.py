@@ -116,7 +116,7 @@ class Plan(WireModel):
     privacy: Privacy
     recipients: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=64)]
     """Signed delegations of those who may open the result."""
-    release: tuple[Literal["weights"], ...] = ("weights",)
+    release: Annotated[tuple[Literal["weights"], ...], Field(min_length=1, max_length=1)] = ("weights",)
 
     @model_validator(mode="after")
     def _datasets_are_sorted(self) -> Self:

@@ -49,6 +49,9 @@ TRANSITIONS: Final[dict[JobState, frozenset[JobState]]] = {
 }
 """The one state machine: what may follow each state."""
 
+_CALLED_OFF: Final[frozenset[JobState]] = frozenset({"cancelled", "expired"})
+"""Ends that are not open to a job any more once a result of it was uploaded to be committed, in whatever state it is."""
+
 TERMINAL: Final[frozenset[JobState]] = frozenset(state for state, after in TRANSITIONS.items() if not after)
 """States in which a job ends."""
 
@@ -155,10 +158,12 @@ def advance(record: JobRecord, state: JobState, *, now_ms: int, **changes: Any) 
     """``record`` moved to ``state``, with ``changes`` to its other fields.
 
     Entering ``claimed`` starts the next attempt. Identity, envelopes and times cannot be changed. Raises
-    :class:`StateError` for a transition outside :data:`TRANSITIONS` or a change to a fixed field, and pydantic's
-    ``ValidationError`` for a value out of bounds.
+    :class:`StateError` for a transition outside :data:`TRANSITIONS`, for calling off a job that has been ``committing``,
+    or for a change to a fixed field, and pydantic's ``ValidationError`` for a value out of bounds.
     """
     check_transition(record.state, state)
+    if record.upload is not None and state in _CALLED_OFF:
+        raise StateError(f"a result may be committed already: the job can no longer become {state}")
     attempt = record.attempt + (state == "claimed")
     return _changed(record, now_ms, changes, state=state, attempt=attempt)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +127,21 @@ def network() -> nn.Module:
     return net
 
 
+async def train(consortium: Consortium, datasets: Sequence[str]) -> cm.Job:
+    """The scientist's job on these datasets, with this page's privacy parameters."""
+    return await consortium.train(
+        model=network(),
+        datasets=datasets,
+        target=data.TARGET,
+        steps=STEPS,
+        batch_size=BATCH_SIZE,
+        optimizer=OPTIMIZER,
+        privacy=cm.Privacy(epsilon=EPSILON, delta=DELTA, clipping_norm=1.0),
+        purpose=PURPOSE,
+        checkpoint_every_steps=100,
+    )
+
+
 def licence(owner: str) -> cm.Licence:
     """Each hospital's terms: scientists of the university, for one purpose, within a lifetime's budget."""
     scientist = cm.AllOf(
@@ -175,17 +190,7 @@ async def _submit(consortium: Consortium, console: Console) -> cm.Job:
             f"  {dataset.id}: at most {dataset.card.row_bound} rows, {len(dataset.card.columns)} columns, "
             f"ε {dataset.epsilon_remaining:.3g} left at δ {dataset.licence.delta:g}"
         )
-    return await consortium.train(
-        model=network(),
-        datasets=[dataset.id for dataset in listed],
-        target=data.TARGET,
-        steps=STEPS,
-        batch_size=BATCH_SIZE,
-        optimizer=OPTIMIZER,
-        privacy=cm.Privacy(epsilon=EPSILON, delta=DELTA, clipping_norm=1.0),
-        purpose=PURPOSE,
-        checkpoint_every_steps=100,
-    )
+    return await train(consortium, [dataset.id for dataset in listed])
 
 
 async def _budgets(layout: Layout) -> list[Budget]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from casemate_models.building import read_weights
 from casemate_models.pipeline import write_columns
+from casemate_models.tensors import write_tensors
 from casemate_models.tracing import trace
 from casemate_schemas.codec import digest_of, encode
 from casemate_schemas.dataset import Column, DatasetCard
@@ -81,6 +82,11 @@ def job(steps: int = 20, every: int = 10, sigma: float = 1.0) -> tuple[JobSpec, 
         recipients=(NOBODY,),
     )
     return JobSpec(job_id="0" * 32, salt=bytes(32), model=model, plan=plan), weights
+
+
+def weights_with(model: ModelSpec, weights: bytes, value: float) -> bytes:
+    """The same tensors, filled with one value."""
+    return write_tensors({n: np.full_like(t.numpy(), value) for n, t in read_weights(model, weights).items()})
 
 
 async def in_pieces(data: bytes, size: int = 700) -> AsyncIterator[bytes]:
@@ -180,6 +186,15 @@ async def test_a_bad_model_is_named_before_any_data() -> None:
     async with await TrainingProcess.start(1) as process:
         with pytest.raises((ModelError, MalformedError)):
             await process.prepare(spec, weights[:-4])
+
+
+async def test_a_model_that_does_not_train_is_found_out_before_any_data() -> None:
+    """The graph is lawful, but a harmless record's gradient is not finite."""
+    spec, weights = job()
+    huge = weights_with(spec.model, weights, 3e38)
+    async with await TrainingProcess.start(1) as process:
+        with pytest.raises(ModelError, match="not finite"):
+            await process.prepare(spec, huge)
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", plaintext("south"), plaintext("east")[:-1]])

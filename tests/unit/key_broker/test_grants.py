@@ -182,11 +182,21 @@ def test_a_licence_that_wants_another_measurement(bench: Bench) -> None:
 
 def test_no_first_grant_after_the_deadline_but_a_successors(bench: Bench, dataset: Dataset, job: Job) -> None:
     other = bench.accepted_job(dataset.use())
-    bench.grant("north", Worker(job))
-    bench.clock.advance(DAY_MS / 1000)
+    for name in job.terms.key_brokers:
+        bench.grant(name, Worker(job))
+    late = Worker(other)
+    late_request = late.request(bench.evidence(late))
+    bench.clock.advance(DAY_MS / 1000 - 1)
+    late = Worker(other, 2)
+    almost_late = late.request(bench.evidence(late))
+    bench.clock.advance(1)
     bench.grant("north", Worker(job, 2))
-    with pytest.raises(ParameterError):
-        bench.grant("north", Worker(other))
+    with pytest.raises(NonceError):
+        bench.broker("north").grant(late_request)
+    with pytest.raises(ParameterError, match="deadline"):
+        bench.broker("north").grant(almost_late)
+    with pytest.raises(ParameterError, match="deadline"):
+        bench.nonce("north", other)
 
 
 # --- nonces -----------------------------------------------------------------------------------------------------------

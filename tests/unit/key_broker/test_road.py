@@ -55,4 +55,4 @@ def test_a_job_of_two_owners_is_granted_and_committed_once(bench: Bench) -> None
     assert budget.epsilon_spent == expected and 0 < budget.epsilon_remaining < budget.epsilon
     with bench.database("north").transaction() as tx:
         events = [entry.event for entry in audit_log.entries(tx)]
-    assert events == ["manifest", "registered", "prechecked", "challenged", "granted", "committed"]
+    assert events == ["manifest", "registered", "prechecked", "granted", "committed"]

@@ -165,3 +165,14 @@ def test_the_largest_record_fits_one_message() -> None:
         approvals={f"key-broker-{i}": Approval(verdict="yes", answer=b"a" * (8 << 10)) for i in range(65)},
     )
     assert len(encode(record)) < 900 << 10
+
+
+@pytest.mark.parametrize("end", ["cancelled", "expired"])
+@pytest.mark.parametrize("state", ["claimed", "running"])
+def test_a_job_that_was_committing_can_no_longer_be_called_off(state: JobState, end: JobState) -> None:
+    """A successor's claim takes it back to ``claimed``, but a key broker may hold its result already."""
+    assert advance(a_record(state=state), end, now_ms=9).state == end
+    with pytest.raises(StateError, match="committed"):
+        advance(a_record(state=state, upload=b"u" * 32), end, now_ms=9)
+    for other in ("failed", "refused"):
+        assert advance(a_record(state=state, upload=b"u" * 32), other, now_ms=9).state == other
