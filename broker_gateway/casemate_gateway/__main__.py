@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.errors import CasemateError
 
 from .app import serve
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="casemate-gateway", description=__doc__)
     parser.add_argument("--settings", type=Path, required=True, help="TOML file; see docs/gateway.md")
     arguments = parser.parse_args()
-    log = EventLog("gateway")
+    log = ProgramLog("gateway")
     logging.basicConfig(handlers=[ClassNames(log)], level=logging.WARNING)
     try:
         asyncio.run(_run(Settings.load(arguments.settings), log))
@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit(f"casemate-gateway: {error}")
 
 
-async def _run(settings: Settings, log: EventLog) -> None:
+async def _run(settings: Settings, log: ProgramLog) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

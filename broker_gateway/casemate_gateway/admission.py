@@ -14,7 +14,7 @@ from typing import Final
 from casemate_messaging.blobs import BlobStore
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.jobs import JobStore
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.rpc import call
 from casemate_schemas import subjects
@@ -68,7 +68,7 @@ class Admission:
         queue: WorkQueue,
         transitions: Transitions,
         records: RecordReader,
-        log: EventLog,
+        log: ProgramLog,
         clock: Callable[[], int],
         key_broker_timeout_s: float,
         retry_s: float,

@@ -16,7 +16,7 @@ from casemate_messaging.connection import connect
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.nonces import NonceStore
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.setup import StreamSettings, ensure_streams
@@ -61,7 +61,7 @@ def read_chain(settings: Settings) -> tuple[bytes, Consortium]:
 
 
 def make_gateway(
-    settings: Settings, client: Client, *, origin: str, log: EventLog, clock: Callable[[], int] = wall_clock
+    settings: Settings, client: Client, *, origin: str, log: ProgramLog, clock: Callable[[], int] = wall_clock
 ) -> Gateway:
     """A gateway over one NATS connection, for requests that are signed for ``origin``."""
     chain, found = read_chain(settings)
@@ -134,7 +134,7 @@ def make_app(gateway: Gateway) -> web.Application:
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: Settings, client: Client, *, log: EventLog, clock: Callable[[], int] = wall_clock
+    settings: Settings, client: Client, *, log: ProgramLog, clock: Callable[[], int] = wall_clock
 ) -> AsyncIterator[tuple[str, Gateway]]:
     """A gateway that listens and admits while the block runs; (origin, gateway)."""
     with _listening(settings) as listener:
@@ -164,7 +164,7 @@ async def running(
             await gateway.admission.close()
 
 
-async def serve(settings: Settings, log: EventLog, stop: asyncio.Event) -> None:
+async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> None:
     """Runs the gateway until ``stop`` is set, or NATS refuses to have it any longer.
 
     Raises :class:`SetupError`, :class:`ManifestError`, :class:`AuthenticationError` or :class:`UnavailableError`.
@@ -192,7 +192,7 @@ async def serve(settings: Settings, log: EventLog, stop: asyncio.Event) -> None:
         await client.close()
 
 
-async def _sweep(client: Client, every_s: float, log: EventLog, clock: Callable[[], int]) -> None:
+async def _sweep(client: Client, every_s: float, log: ProgramLog, clock: Callable[[], int]) -> None:
     """Removes now and then what uploads left behind that never ended."""
     blobs = BlobStore(client, may_purge=True)
     while True:

@@ -12,7 +12,7 @@ from casemate_messaging.blobs import BlobStore
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import MalformedError, NotFoundError, UnavailableError
@@ -65,7 +65,7 @@ class Gateway:
     queue: WorkQueue
     transitions: Transitions
     admission: Admission
-    log: EventLog
+    log: ProgramLog
     clock: Callable[[], int]
     uploads: Places
     downloads: Places

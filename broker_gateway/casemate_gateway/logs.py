@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 
 
 class ClassNames(logging.Handler):
     """Turns warnings and errors of libraries into events ``library``."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: ProgramLog) -> None:
         super().__init__(logging.WARNING)
         self._log = log
 
@@ -20,7 +20,7 @@ class ClassNames(logging.Handler):
         self._log.warning("library", op=record.name, error=cls.__name__ if cls else record.levelname)
 
 
-def quiet_logger(log: EventLog) -> logging.Logger:
+def quiet_logger(log: ProgramLog) -> logging.Logger:
     """A logger for the HTTP server that tells no request's contents."""
     logger = logging.getLogger("casemate_gateway.http")
     logger.handlers, logger.propagate = [ClassNames(log)], False

@@ -7,7 +7,7 @@ from time import monotonic
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.api import PROBLEM_MEDIA_TYPE, PROBLEM_TYPE_PREFIX, ProblemDetails
 from casemate_schemas.errors import (
     CasemateError,
@@ -50,7 +50,7 @@ def http_problem(error: web.HTTPException) -> web.Response:
     return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
 
 
-def error_boundary(log: EventLog) -> Middleware:
+def error_boundary(log: ProgramLog) -> Middleware:
     """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log.
 
     Of an error that nobody foresaw the class is logged, and nothing of it is told.
@@ -76,7 +76,9 @@ def error_boundary(log: EventLog) -> Middleware:
     return boundary
 
 
-def _log(log: EventLog, request: web.Request, response: web.StreamResponse, reason: str | None, started: float) -> None:
+def _log(
+    log: ProgramLog, request: web.Request, response: web.StreamResponse, reason: str | None, started: float
+) -> None:
     duration_ms = round((monotonic() - started) * 1000, 1)
     write = log.warning if response.status >= 500 else log.info
     write(

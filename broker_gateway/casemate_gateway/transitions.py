@@ -7,7 +7,7 @@ from typing import Any
 
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.errors import CasemateError
 from casemate_schemas.job_state import TERMINAL, JobRecord, JobState, advance, event_of
 
@@ -15,7 +15,7 @@ from casemate_schemas.job_state import TERMINAL, JobRecord, JobState, advance, e
 class Transitions:
     """Creates jobs and moves them. An event that could not be stored is made up for by :meth:`tell_end`."""
 
-    def __init__(self, jobs: JobStore, events: JobEvents, log: EventLog, clock: Callable[[], int]) -> None:
+    def __init__(self, jobs: JobStore, events: JobEvents, log: ProgramLog, clock: Callable[[], int]) -> None:
         self._jobs = jobs
         self._events = events
         self._log = log

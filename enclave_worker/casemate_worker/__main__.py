@@ -12,7 +12,7 @@ from pathlib import Path
 
 from casemate_attestation.guest import ConfigfsGuest, GuestDriver, SimulatedGuest
 from casemate_messaging.connection import connect
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.codec import decode
 from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
 from casemate_schemas.errors import CasemateError, SetupError
@@ -29,7 +29,7 @@ def main() -> None:
     """Runs until SIGTERM or SIGINT; exit code 0 then, 2 for a wrong set-up."""
     parser = argparse.ArgumentParser(prog="casemate-worker", description=__doc__)
     parser.add_argument("--settings", type=Path, required=True, help="TOML file (docs/worker.md)")
-    log = EventLog("worker")
+    log = ProgramLog("worker")
     arguments = parser.parse_args()
     try:
         keep_memory_private()
@@ -71,7 +71,7 @@ def guest_driver(settings: Settings, consortium: Consortium) -> GuestDriver:
     return SimulatedGuest(settings.simulated_chip_socket)
 
 
-async def _serve(settings: Settings, log: EventLog) -> None:
+async def _serve(settings: Settings, log: ProgramLog) -> None:
     consortium = load_consortium(settings)
     guest = guest_driver(settings, consortium)
     stop = asyncio.Event()

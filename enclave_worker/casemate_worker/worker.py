@@ -14,7 +14,7 @@ from casemate_messaging.blobs import BlobStore
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
-from casemate_messaging.logs import EventLog as ProgramLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import Delivery, WorkQueue
 from casemate_messaging.rpc import call
 from casemate_privacy.statement import planned_epsilon, privacy_statement

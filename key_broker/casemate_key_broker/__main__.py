@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from casemate_messaging.connection import connect
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import Handler, serve
 from casemate_schemas import subjects
 from casemate_schemas.codec import decode
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="casemate-key-broker", description="A member's key broker.")
     parser.add_argument("--settings", type=Path, required=True, help="TOML file, see docs/key-broker.md")
     options = parser.parse_args(arguments)
-    log = EventLog("key-broker")
+    log = ProgramLog("key-broker")
     try:
         asyncio.run(run(load_settings(options.settings), log))
     except CasemateError as error:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"key broker: {error}")
 
 
-async def run(settings: Settings, log: EventLog) -> None:
+async def run(settings: Settings, log: ProgramLog) -> None:
     """Opens and verifies the state, connects, serves, and closes it all again.
 
     Raises :class:`SetupError`, :class:`ManifestError` or :class:`UnavailableError` if it cannot start, and
@@ -100,7 +100,7 @@ def open_key_broker(settings: Settings, database: Database) -> tuple[KeyBroker, 
 class Handlers:
     """The operations off the event loop, each answer logged by its reason code; a broken state stops the program."""
 
-    def __init__(self, broker: KeyBroker, log: EventLog, stop: asyncio.Event) -> None:
+    def __init__(self, broker: KeyBroker, log: ProgramLog, stop: asyncio.Event) -> None:
         operations = {
             "precheck": broker.precheck,
             "message": broker.message,

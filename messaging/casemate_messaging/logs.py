@@ -41,7 +41,7 @@ class LogFields(TypedDict, total=False):
 _ALLOWED: Final = frozenset(LogFields.__annotations__)
 
 
-class EventLog:
+class ProgramLog:
     """Writes a program's events to standard error."""
 
     def __init__(self, program: str) -> None:

@@ -17,7 +17,7 @@ import aiohttp
 from casemate_gateway.app import running
 from casemate_gateway.gateway import Gateway
 from casemate_gateway.settings import Settings
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import serve
 from casemate_schemas import subjects
 from casemate_schemas.admission import PrecheckAnswer, PrecheckRequest, Routing, Submission
@@ -164,7 +164,7 @@ class House:
         """A gateway in this process."""
         client = await self.stack.connect("gateway")
         settings = self.settings.model_copy(update=changes)
-        async with running(settings, client, log=EventLog("gateway")) as (origin, gateway):
+        async with running(settings, client, log=ProgramLog("gateway")) as (origin, gateway):
             self.origin = origin
             yield gateway
 

@@ -15,7 +15,7 @@ from casemate_attestation.guest import Attested
 from casemate_gateway.app import running
 from casemate_gateway.settings import Settings as GatewaySettings
 from casemate_key_broker.__main__ import Handlers
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import serve
 from casemate_schemas import subjects
 from casemate_schemas.codec import encode
@@ -64,7 +64,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
     async with AsyncExitStack() as exits:
         exits.callback(bench.close)
         for name in MEMBERS:
-            handlers = Handlers(bench.broker(name), EventLog("key-broker"), asyncio.Event())
+            handlers = Handlers(bench.broker(name), ProgramLog("key-broker"), asyncio.Event())
             client = await nats_stack.connect(name)
             await exits.enter_async_context(await serve(client, subjects.key_broker(name), handlers.by_op))
         gateway = GatewaySettings(
@@ -76,7 +76,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
             precheck_retry_s=0.05,
         )
         client = await nats_stack.connect("gateway")
-        url, _ = await exits.enter_async_context(running(gateway, client, log=EventLog("gateway")))
+        url, _ = await exits.enter_async_context(running(gateway, client, log=ProgramLog("gateway")))
         settings = WorkerSettings(
             name="worker-1",
             nats_url=nats_stack.url,
@@ -87,7 +87,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
             scratch_dir=scratch,
         )
         client = await nats_stack.connect("worker-1")
-        worker = Worker(settings, client, bench.consortium, Guest(), clock=_Now(), log=EventLog("worker"))
+        worker = Worker(settings, client, bench.consortium, Guest(), clock=_Now(), log=ProgramLog("worker"))
         running_worker = asyncio.create_task(worker.run(stop))
         try:
             yield Road(bench, url)

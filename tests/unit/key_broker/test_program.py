@@ -14,7 +14,7 @@ from casemate_key_broker.database import Database
 from casemate_key_broker.party import pin_consortium
 from casemate_key_broker.seed_shares import SeedSecrets
 from casemate_key_broker.settings import load_settings
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, sign_manifest
 from casemate_schemas.errors import IntegrityError, MalformedError, ManifestError, SetupError, UnavailableError
@@ -163,7 +163,7 @@ async def test_a_state_that_breaks_stops_the_program(bench: Bench) -> None:
     job = bench.accepted_job(bench.register().use())
     request = encode(NonceRequest(job_id=job.terms.job_id, terms=job.digest, attempt=1))
     stop = asyncio.Event()
-    handlers = Handlers(bench.broker("north"), EventLog("key-broker"), stop)
+    handlers = Handlers(bench.broker("north"), ProgramLog("key-broker"), stop)
     assert decode(NonceReply, await handlers.by_op["nonce"](request)).expires > bench.clock()
     handlers.raise_for_failure()
     bench.database("north").close()
@@ -177,7 +177,7 @@ async def test_a_state_that_breaks_stops_the_program(bench: Bench) -> None:
 
 
 async def test_operations_are_logged_by_reason_code_alone(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-    handlers = Handlers(bench.broker("north"), EventLog("key-broker"), asyncio.Event())
+    handlers = Handlers(bench.broker("north"), ProgramLog("key-broker"), asyncio.Event())
     with pytest.raises(MalformedError):
         await handlers.by_op["precheck"](b"a canary in the bytes")
     (line,) = capfd.readouterr().err.splitlines()

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 
 
 def test_a_line_is_one_json_object_with_allowed_fields_only(capsys: pytest.CaptureFixture[str]) -> None:
-    log = EventLog("worker")
+    log = ProgramLog("worker")
     log.info("claimed", job_id="0" * 32, attempt=2)
     log.warning("odd", reason="x\ny", weights="CANARY")  # type: ignore[typeddict-unknown-key]
     log.error("failed", error="ValueError")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casemate_messaging.logs import EventLog
+from casemate_messaging.logs import ProgramLog
 from casemate_schemas.errors import (
     CasemateError,
     ConflictError,
@@ -102,7 +102,7 @@ class Bench:
             heartbeat_s=60.0,
         )
         guest: Any = None
-        self.worker = Worker(settings, Client(), w.consortium, guest, clock=lambda: NOW, log=EventLog("worker"))
+        self.worker = Worker(settings, Client(), w.consortium, guest, clock=lambda: NOW, log=ProgramLog("worker"))
         self.jobs, self.events, self.attempts = Jobs(record), Events(), 0
         loose: Any = self.worker
         loose._jobs, loose._events = self.jobs, self.events
