@@ -119,21 +119,22 @@ def files(folder: Path) -> Iterator[Place]:
                 yield Place(f"file {path.relative_to(folder)}", path.read_bytes(), path)
 
 
-def processes(pids: Iterable[int]) -> Iterator[Place]:
+def processes(roots: Iterable[int]) -> Iterator[Place]:
     """Command line, environment and deleted but open files of each process and of all its descendants."""
-    for pid in sorted({found for pid in pids for found in _with_descendants(pid)}):
+    for pid in sorted({found for root in roots for found in with_descendants(root)}):
         for what in ("cmdline", "environ"):
             with contextlib.suppress(OSError):
                 yield Place(f"{what} of {pid}", Path(f"/proc/{pid}/{what}").read_bytes())
         yield from _deleted_files(pid)
 
 
-def _with_descendants(pid: int) -> Iterator[int]:
+def with_descendants(pid: int) -> Iterator[int]:
+    """A process, its children, and theirs."""
     yield pid
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                yield from _with_descendants(int(child))
+                yield from with_descendants(int(child))
 
 
 def _deleted_files(pid: int) -> Iterator[Place]:
@@ -198,4 +199,4 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept
             kept += piece
             writer.write(piece)
             await writer.drain()
-    writer.close()
+        writer.write_eof()

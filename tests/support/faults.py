@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import casemate as cm
+import nats.errors
 import numpy as np
 from casemate.client import Consortium
 from casemate.jobs import Job
@@ -24,6 +26,7 @@ from casemate_key_broker import audit_log, ledger
 from casemate_key_broker.database import Database
 from casemate_messaging.connection import connect
 from casemate_messaging.jobs import JobStore
+from casemate_messaging.queue import WorkQueue
 from casemate_schemas.codec import decode
 from casemate_schemas.errors import CasemateError
 from casemate_schemas.grant import AuditEntry
@@ -46,28 +49,47 @@ from support.stack import (
 )
 from torch import nn
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 STEPS: Final = 12
 CHECKPOINT_EVERY_STEPS: Final = 5
 POLL_S: Final = 0.02
+PATIENCE_S: Final = 60.0
 ACK_WAIT_S: Final = 3.0
 LAUNCHER: Final = Path(__file__).parents[1] / "faults" / "launcher.py"
 
 OVERRIDES: Final[dict[str, dict[str, object]]] = {
     "gateway": {
         "ack_wait_s": ACK_WAIT_S,
-        "key_broker_timeout_s": 5.0,
+        "key_broker_timeout_s": 3.0,
         "precheck_retry_s": 0.5,
         "reconcile_every_s": 1.0,
         "heartbeat_s": 1.0,
         "poll_after_s": 1,
     },
-    **{name: {"heartbeat_s": 0.5, "pull_wait_s": 1.0, "rpc_timeout_s": 5.0, "retry_delay_s": 0.5} for name in WORKERS},
+    **{
+        name: {"heartbeat_s": 0.5, "pull_wait_s": 1.0, "rpc_timeout_s": 3.0, "checkpoint_interval_s": 0.0}
+        for name in WORKERS
+    },
 }
 """Impatient programs, so that a test need not wait long for a job to be given to the next."""
 
 
+def bounded(function: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
+    """What waits for another process says so when it has waited for long enough."""
+
+    @functools.wraps(function)
+    async def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        async with asyncio.timeout(PATIENCE_S):
+            return await function(*args, **kwargs)
+
+    return waiting
+
+
+@bounded
 async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what other processes do to files or processes. The test's own timeout bounds it."""
+    """Waits for what other processes do to files or processes."""
     while not condition():  # noqa: ASYNC110 - the other side is another process
         await asyncio.sleep(POLL_S)
 
@@ -103,6 +125,10 @@ class Orders:
         finally:
             order.unlink(missing_ok=True)
 
+    def keep_away(self, worker: str) -> None:
+        """Should the worker die, it does not come back before :meth:`forget`."""
+        (self._folder / f"died@{worker}").touch()
+
     async def died(self, *candidates: str) -> str:
         """Which program killed itself, once one did; workers stay away until :meth:`forget`."""
         return await self._noted("died", candidates or WORKERS)
@@ -115,11 +141,16 @@ class Orders:
         """Which program waits at ``point``, once one does."""
         return await self._noted("held", candidates or WORKERS, point)
 
+    def all_obeyed(self) -> bool:
+        """Whether no order to die or stop stands any more."""
+        return not any(file.name.startswith(("die@", "stop@")) for file in self._folder.iterdir())
+
     def forget(self) -> None:
         """No orders stand, and no worker stays away any more."""
         for file in self._folder.iterdir():
             file.unlink(missing_ok=True)
 
+    @bounded
     async def _noted(self, what: str, candidates: tuple[str, ...], text: str = "") -> str:
         while True:
             for name in candidates:
@@ -144,16 +175,18 @@ class Run:
         self._collector = asyncio.create_task(self._collect())
         return self
 
+    @bounded
     async def reached(self, state: str) -> None:
         """Waits for an event with that state."""
         while not any(event.state == state for event in self.events):
             self._changed.clear()
             await self._changed.wait()
 
+    @bounded
     async def ended(self) -> str:
         """Waits for the end; the state the job ended in."""
         assert self._collector is not None
-        await self._collector
+        await asyncio.shield(self._collector)
         return self.events[-1].state
 
     async def close(self) -> None:
@@ -177,6 +210,7 @@ class Bench:
         self.host = host
         """A connection with the gateway's key: whoever runs NATS sees and may change as much."""
         self.records = JobStore(host)
+        self._queue = WorkQueue(host)
         self._runs: list[Run] = []
         self._number = 0
 
@@ -210,6 +244,11 @@ class Bench:
         self._runs.append(run)
         return run
 
+    def first_step(self, run: Run, attempt: int) -> int:
+        """The first step that attempt told of."""
+        claims = [number for number, event in enumerate(run.events) if event.state == "claimed"]
+        return min(event.step for event in run.events[claims[attempt - 1] :] if event.state == "running" and event.step)
+
     async def record(self, run: Run) -> JobRecord:
         """The job's record as NATS holds it."""
         return (await self.records.get(run.job.id))[0]
@@ -219,11 +258,12 @@ class Bench:
         self.orders.forget()
         for name in WORKERS:
             with contextlib.suppress(CasemateError, ProcessLookupError):
-                os.kill(self.stack.programs[name].pid, signal.SIGCONT)
+                self.go_on(name)
         for run in self._runs:
             if not run.events or run.events[-1].state not in TERMINAL:
                 with contextlib.suppress(CasemateError):
                     await run.job.cancel()
+                await self._queue.remove(run.job.id)
             await run.close()
         self._runs.clear()
 
@@ -245,11 +285,16 @@ class Bench:
 
         await until(replaced)
 
+    def go_on(self, program: str) -> None:
+        """SIGCONT."""
+        os.kill(self.pid(program), signal.SIGCONT)
+
     def training_process(self, worker: str) -> int:
         """Process id of the worker's training child."""
         (child,) = [child for child in children(self.pid(worker)) if b"casemate_worker.child" in command(child)]
         return child
 
+    @bounded
     async def logged(self, program: str, event: str, job_id: str) -> dict[str, Any]:
         """The program's first log line with that event about that job, once there is one."""
         path = self.stack.layout.logs / f"{program}.log"
@@ -277,8 +322,7 @@ class Bench:
         record = await self.record(run)
         assert (record.state, record.reason) == ("sealed", None)
         result = await run.job.result()  # 2
-        assert record.release is not None
-        digest = decode(Signed, record.release).peek(Release).result
+        digest = self.released(record)
         assert result.job_id == run.job.id and all(np.isfinite(array).all() for array in result.arrays.values())
         terms = result.manifest.terms.digest
         for owner, privacy in zip(OWNERS, result.privacy.owners, strict=True):  # 3
@@ -299,10 +343,20 @@ class Bench:
         async with connected(self.stack.layout, f"sam@{owner}") as consortium:
             return await consortium.budget(f"{run.dataset}@{owner}")
 
+    @staticmethod
+    def released(record: JobRecord) -> bytes:
+        """Digest of the result that the record's release opens."""
+        assert record.release is not None
+        return decode(Signed, record.release).peek(Release).result
+
+    @bounded
     async def queue_is_empty(self) -> None:
         """Waits until every delivery was acknowledged."""
-        js = self.host.jetstream()
-        while (await js.stream_info("WORK_cpu")).state.messages:  # noqa: ASYNC110
+        js = self.host.jetstream(timeout=1)
+        while True:
+            with contextlib.suppress(nats.errors.Error):  # after a crash of NATS this connection has to be made anew
+                if (await js.stream_info("WORK_cpu")).state.messages == 0:
+                    return
             await asyncio.sleep(POLL_S)
 
     def books(self, key_broker: str, terms: bytes) -> tuple[list[str], list[AuditEntry]]:

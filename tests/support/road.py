@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import casemate as cm
 import numpy as np
 import torch
@@ -31,10 +33,13 @@ from casemate_schemas.api import JobStatus
 from casemate_schemas.identity import Role
 from casemate_schemas.job import JobSpec, Plan
 from casemate_schemas.job_state import TERMINAL
+from casemate_schemas.keyring import KeyRing
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.requests import Budget
 from nats.aio.client import Client
 from torch import nn
+
+from .http import SignedRequest, signed_request
 
 HOSPITALS = ("north", "south", "east")
 SCIENTIST, COLLEAGUE, STRANGER = "clara@university", "mallory@university", "erin@east"
@@ -95,6 +100,29 @@ class Road:
             yield client
         finally:
             await client.close()
+
+
+async def ask(
+    road: Road, keys: KeyRing, method: str, path: str, body: bytes = b"", **signing: Any
+) -> tuple[int, dict[str, Any], bytes]:
+    """One signed request past the SDK, ``signing`` as for :func:`support.http.signed_request`.
+
+    Returns status, JSON body ({} if it is none) and raw body.
+    """
+    if keys.delegation is None:
+        raise ValueError("expected a person's keys")
+    url = road.layout.read_facts().url + path
+    return await send(signed_request(keys.signing, keys.delegation, method, url, body, **signing), body)
+
+
+async def send(signed: SignedRequest, body: bytes = b"") -> tuple[int, dict[str, Any], bytes]:
+    """A request as it was signed."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(signed.method, signed.url, data=body or None, headers=signed.headers) as response,
+    ):
+        answer = await response.read()
+        return response.status, json.loads(answer) if "json" in response.content_type else {}, answer
 
 
 @asynccontextmanager
