@@ -18,7 +18,7 @@ from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec
 from casemate_schemas.sections import unpack_sections
 
 from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame
-from .isolation import die_before_parent, die_with_parent, isolate
+from .isolation import die_before_parent, die_with_parent, forbid_files, isolate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ class Child:
         """
         1. Cut off from everything; say how.
         2. Take spec and weights, build the model, check it against loss and pipeline: errors so far are about the model.
-        3. Take the datasets, then the checkpoint if there is one, and the seed.
+        3. Write to no file any more; take the datasets, then the checkpoint if there is one, and the seed.
         4. Train; tell steps; hand over a checkpoint every so often.
         5. Hand over the weights. From 3 on every failure is the same to the outside.
         """
@@ -52,6 +52,7 @@ class Child:
             return
         self._send(b"R", b"")
         try:
+            forbid_files()
             datasets, checkpoint, seed = self._take_data(spec)  # 3
             self._train(spec, trainable, datasets, checkpoint, seed)  # 4, 5
         except Exception:

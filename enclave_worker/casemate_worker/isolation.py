@@ -80,6 +80,11 @@ def keep_memory_private() -> None:
         _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def forbid_files() -> None:
+    """From here on this process can put no byte into any file (setrlimit(2), RLIMIT_FSIZE); pipes are none."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
 def isolate() -> str:
     """Cut this process off, check that it is, and say how.
 

@@ -176,6 +176,18 @@ for name, attempt in tries.items():
     assert socket.socket().close() is None  # only that process was cut off
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads limits in /proc")
+async def test_once_it_has_data_it_can_write_to_no_file() -> None:
+    spec, weights = job(steps=100_000, every=100_000)
+    async with await TrainingProcess.start(1) as process:
+        await prepared(process, spec, weights)
+        reports = process.train(SEED, None)
+        await anext(reports)
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+    (line,) = [line for line in limits.splitlines() if line.startswith("Max file size")]
+    assert line.split()[3:5] == ["0", "0"]
+
+
 async def test_a_bad_model_is_named_before_any_data() -> None:
     spec, weights = job()
     hostile = spec.model.model_copy(update={"nodes": spec.model.nodes[:-1]})
