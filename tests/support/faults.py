@@ -69,7 +69,13 @@ OVERRIDES: Final[dict[str, dict[str, object]]] = {
         "poll_after_s": 1,
     },
     **{
-        name: {"heartbeat_s": 0.5, "pull_wait_s": 1.0, "rpc_timeout_s": 3.0, "checkpoint_interval_s": 0.0}
+        name: {
+            "heartbeat_s": 0.5,
+            "pull_wait_s": 1.0,
+            "rpc_timeout_s": 2.0,
+            "retry_delay_s": 1.0,
+            "checkpoint_interval_s": 0.0,
+        }
         for name in WORKERS
     },
 }

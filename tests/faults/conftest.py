@@ -1,0 +1,28 @@
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+from casemate.local_stack.layout import Layout
+from casemate.local_stack.supervisor import LocalStack
+from support.faults import OVERRIDES, Bench, Orders, running_bench
+from support.stack import copy_of, founded
+
+__all__ = ["founded"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_bench(founded: Layout, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
+    """One stack for a file of tests: each has a job and datasets of its own, and leaves nothing behind."""
+    folder = tmp_path_factory.mktemp("faults")
+    orders = Orders(folder / "orders")
+    stack = LocalStack(copy_of(founded, folder / "stack"), overrides=OVERRIDES, commands=orders.commands())
+    async with running_bench(stack, orders) as bench:
+        yield bench
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def bench(shared_bench: Bench) -> AsyncIterator[Bench]:
+    try:
+        yield shared_bench
+    finally:
+        await shared_bench.cleared()
