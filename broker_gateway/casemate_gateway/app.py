@@ -7,7 +7,6 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -21,8 +20,8 @@ from casemate_messaging.nonces import NonceStore
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.setup import StreamSettings, ensure_streams
 from casemate_schemas.api import CONSORTIUM_PATH, ENVELOPES_PATH, JOBS_PATH, KEY_BROKERS_PATH
-from casemate_schemas.codec import decode
-from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
+from casemate_schemas.codec import encode
+from casemate_schemas.consortium import Consortium, verify_chain
 from casemate_schemas.errors import CasemateError, SetupError, UnavailableError
 from nats.aio.client import Client
 
@@ -37,7 +36,6 @@ from .settings import Settings
 from .tasks import end
 from .transitions import Transitions
 
-MAX_CHAIN_BYTES: Final = 64 << 20
 SHUTDOWN_TIMEOUT_S: Final = 3.0
 KEEPALIVE_S: Final = 75.0
 MAX_HEADER_LINE_BYTES: Final = 16 << 10
@@ -50,14 +48,8 @@ def wall_clock() -> int:
 
 def read_chain(settings: Settings) -> tuple[bytes, Consortium]:
     """The manifest chain's bytes and what they say. Raises :class:`SetupError` or :class:`ManifestError`."""
-    try:
-        if settings.manifest_file.stat().st_size > MAX_CHAIN_BYTES:
-            raise SetupError(f"{settings.manifest_file} is too large for a manifest chain")
-        chain = settings.manifest_file.read_bytes()
-    except OSError as error:
-        raise SetupError(f"cannot read {settings.manifest_file}: {error.strerror}") from error
-    found = decode(ManifestChain, chain, max_bytes=MAX_CHAIN_BYTES)
-    return chain, verify_chain(found, consortium=bytes.fromhex(settings.consortium))
+    chain = settings.manifest_chain()
+    return encode(chain), verify_chain(chain, consortium=settings.consortium_id)
 
 
 def make_gateway(
@@ -169,7 +161,6 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
 
     Raises :class:`SetupError`, :class:`ManifestError`, :class:`AuthenticationError` or :class:`UnavailableError`.
     """
-    _check_private(settings.nats_seed_file)
     read_chain(settings)
     client = await connect(
         settings.nats_url,
@@ -215,16 +206,6 @@ def _stream_settings(settings: Settings) -> StreamSettings:
         max_blob_store_bytes=settings.max_blob_store_bytes,
         ack_wait_s=settings.ack_wait_s,
     )
-
-
-def _check_private(seed_file: Path) -> None:
-    """Raises :class:`SetupError` if others than its owner may read the seed."""
-    try:
-        mode = seed_file.stat().st_mode
-    except OSError as error:
-        raise SetupError(f"cannot read {seed_file}: {error.strerror}") from error
-    if mode & 0o077:
-        raise SetupError(f"{seed_file} can be read by others than its owner: chmod 600")
 
 
 def _listening(settings: Settings) -> socket.socket:

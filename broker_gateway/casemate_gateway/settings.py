@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
 from casemate_messaging.blobs import MAX_BLOB_BYTES
-from casemate_schemas.errors import SetupError
-from pydantic import Field, StringConstraints, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from casemate_messaging.settings import ProgramSettings
+from pydantic import Field, StringConstraints
+from pydantic_settings import SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0, le=92 * 24 * 3600)]
 
 
-class Settings(BaseSettings):
-    """All of the gateway's settings. Sizes in bytes, times in seconds."""
+class Settings(ProgramSettings):
+    """The gateway's settings beside those that all programs share. Sizes in bytes, times in seconds."""
 
-    model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix="CASEMATE_GATEWAY_", hide_input_in_errors=True, allow_inf_nan=False
-    )
+    model_config = SettingsConfigDict(env_prefix="CASEMATE_GATEWAY_")
 
-    nats_url: str
-    """The embedded server's or an existing cluster's, ``nats://host:port`` or ``tls://host:port``."""
-    nats_seed_file: Path
     nats_user: str = "gateway"
     nats_connect_s: Seconds = 10.0
     """How long to wait for NATS at start."""
-    consortium: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    manifest_file: Path
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8440
@@ -65,29 +56,3 @@ class Settings(BaseSettings):
     """How long a worker may be silent before its job goes to another one; workers speak up each ``heartbeat_s`` of theirs."""
     stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
     max_blob_store_bytes: Annotated[int, Field(ge=-1)] = -1
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """The settings in the TOML file ``path``, environment on top. Raises :class:`SetupError`."""
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-            return cls(**values)
-        except OSError as error:
-            raise SetupError(f"cannot read the settings file {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise SetupError(f"{path} is not a TOML file") from error
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            raise SetupError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment wins over the file; nothing else is read."""
-        return env_settings, init_settings

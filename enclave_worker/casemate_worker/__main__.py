@@ -7,22 +7,17 @@ import asyncio
 import signal
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 from casemate_attestation.guest import ConfigfsGuest, GuestDriver, SimulatedGuest
 from casemate_messaging.connection import connect
 from casemate_messaging.logs import ProgramLog
-from casemate_schemas.codec import decode
-from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
+from casemate_schemas.consortium import Consortium, verify_chain
 from casemate_schemas.errors import CasemateError, SetupError
-from pydantic import ValidationError
 
 from .isolation import keep_memory_private
 from .settings import Settings
 from .worker import Worker
-
-_MAX_CHAIN_BYTES = 64 << 20
 
 
 def main() -> None:
@@ -33,31 +28,10 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         keep_memory_private()
-        asyncio.run(_serve(load_settings(arguments.settings), log))
+        asyncio.run(_serve(Settings.load(arguments.settings), log))
     except CasemateError as error:
         print(f"casemate-worker: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
-
-
-def load_settings(path: Path) -> Settings:
-    """Settings from a TOML file. Raises :class:`SetupError` that names the field."""
-    try:
-        return Settings(**tomllib.loads(path.read_text()))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise SetupError(f"cannot read the settings file {path}") from error
-    except ValidationError as error:
-        fields = ", ".join(".".join(map(str, item["loc"])) for item in error.errors())
-        raise SetupError(f"settings file {path}: wrong or missing {fields}") from error
-
-
-def load_consortium(settings: Settings) -> Consortium:
-    """The pinned consortium. Raises :class:`SetupError` or :class:`ManifestError`."""
-    try:
-        data = settings.manifest_file.read_bytes()
-    except OSError as error:
-        raise SetupError(f"cannot read the manifest file {settings.manifest_file}") from error
-    chain = decode(ManifestChain, data, max_bytes=_MAX_CHAIN_BYTES)
-    return verify_chain(chain, consortium=bytes.fromhex(settings.consortium))
 
 
 def guest_driver(settings: Settings, consortium: Consortium) -> GuestDriver:
@@ -72,7 +46,7 @@ def guest_driver(settings: Settings, consortium: Consortium) -> GuestDriver:
 
 
 async def _serve(settings: Settings, log: ProgramLog) -> None:
-    consortium = load_consortium(settings)
+    consortium = verify_chain(settings.manifest_chain(), consortium=settings.consortium_id)
     guest = guest_driver(settings, consortium)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
+from casemate_messaging.settings import ProgramSettings
 from casemate_schemas.codec import Name
-from pydantic import Field, StringConstraints
-from pydantic_settings import BaseSettings, SettingsConfigDict
-
-HexDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 
-class Settings(BaseSettings):
-    """Settings of ``casemate-worker``: a TOML file, and environment variables ``CASEMATE_WORKER_…`` on top."""
+class Settings(ProgramSettings):
+    """Settings of ``casemate-worker`` beside those that all programs share."""
 
-    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
-        env_prefix="CASEMATE_WORKER_", frozen=True, extra="forbid"
-    )
+    model_config = SettingsConfigDict(env_prefix="CASEMATE_WORKER_")
 
     name: Name
     """Also the NATS user that permissions were made for."""
-    nats_url: str
-    nats_seed_file: Path
-    consortium: HexDigest
-    manifest_file: Path
     guest: Literal["configfs", "simulated"] = "configfs"
     simulated_chip_socket: Path | None = None
     scratch_dir: Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
 import sys
 import time
@@ -15,9 +14,8 @@ from typing import Final
 from casemate_messaging.connection import connect
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import Handler, serve
+from casemate_messaging.settings import read_file
 from casemate_schemas import subjects
-from casemate_schemas.codec import decode
-from casemate_schemas.consortium import ManifestChain
 from casemate_schemas.errors import CasemateError, IntegrityError, SetupError, UnavailableError
 from casemate_schemas.keyring import MAX_FILE_BYTES, KeyRing
 
@@ -26,9 +24,8 @@ from .database import Database
 from .party import Party, pin_consortium
 from .seed_shares import SeedSecrets
 from .service import KeyBroker, Limits
-from .settings import Settings, load_settings
+from .settings import Settings
 
-MAX_CHAIN_BYTES: Final = 64 << 20
 MAX_CRL_BYTES: Final = 1 << 20
 
 Operation = Callable[[bytes], bytes]
@@ -41,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     log = ProgramLog("key-broker")
     try:
-        asyncio.run(run(load_settings(options.settings), log))
+        asyncio.run(run(Settings.load(options.settings), log))
     except CasemateError as error:
         log.error("stopped", reason=error.reason, error=type(error).__name__)
         sys.exit(f"key broker: {error}")
@@ -82,9 +79,8 @@ def open_key_broker(settings: Settings, database: Database) -> tuple[KeyBroker, 
         ledger.verify(tx)
         audit_log.verify(tx)
         epochs = ledger.epochs(tx)
-    chain = decode(ManifestChain, read_file(settings.manifest_file, MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
-    consortium_id = bytes.fromhex(settings.consortium)
-    consortium = pin_consortium(database, settings.key_broker, consortium_id, chain, now_ms())
+    chain = settings.manifest_chain()
+    consortium = pin_consortium(database, settings.key_broker, settings.consortium_id, chain, now_ms())
     keys = KeyRing.from_text(read_file(settings.keys_file, MAX_FILE_BYTES, private=True).decode("ascii", "replace"))
     party = Party(settings.key_broker, keys, consortium)
     limits = Limits(
@@ -141,20 +137,6 @@ class Handlers:
 def now_ms() -> int:
     """Unix ms."""
     return time.time_ns() // 1_000_000
-
-
-def read_file(path: Path, max_bytes: int, *, private: bool = False) -> bytes:
-    """A whole file. Raises :class:`SetupError` if it is larger, or if others can read what must be ``private``."""
-    try:
-        with path.open("rb") as file:
-            if private and os.fstat(file.fileno()).st_mode & 0o077:
-                raise SetupError(f"expected {path} to be readable by this user alone (chmod 600)")
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > max_bytes:
-        raise SetupError(f"expected at most {max_bytes} bytes in {path}")
-    return data
 
 
 def crl_reader(path: Path | None) -> Callable[[], bytes | None]:

@@ -26,6 +26,7 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 
 from .server import public_user_key
+from .settings import check_private
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ async def connect(
     """
     if "@" in url:
         raise SetupError("credentials do not belong in a NATS URL; the key is read from its file")
+    check_private(seed_file)
     public_user_key(seed_file)
     client, connected = Client(), False
 

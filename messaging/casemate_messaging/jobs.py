@@ -16,10 +16,12 @@ from nats.aio.client import Client
 from nats.js.kv import KeyValue
 
 from .connection import REQUEST_TIMEOUT_S, repeated, translated
+from .direct import read_batch
 
 MAX_RECORD_BYTES: Final = 900 << 10
 _MAX_TRIES: Final = 64
 _RETRY_S: Final = 0.05
+_LIST_BATCH: Final = 64
 
 
 class JobStore:
@@ -29,6 +31,7 @@ class JobStore:
     """
 
     def __init__(self, client: Client) -> None:
+        self._client = client
         self._kv = KeyValue(
             name=subjects.JOB_BUCKET,
             stream=subjects.JOB_STREAM,
@@ -87,27 +90,32 @@ class JobStore:
         raise ConflictError(f"job {job_id} changed {_MAX_TRIES} times meanwhile")
 
     async def list(self) -> AsyncIterator[tuple[JobRecord, int]]:
-        """All jobs as they are now, in no particular order. For the gateway: workers have no permission."""
-        async for found in self._watched(">", follow=False):
-            yield found
+        """Every job once, the longest unchanged first. For the gateway: workers have no permission.
 
-    async def watch(self, job_id: str | None = None) -> AsyncIterator[tuple[JobRecord, int]]:
-        """The record of one job, or of all, as it is and after each change, for ever; a slow reader skips revisions.
+        Read from the stream, which holds one message a job: nats-py's watch can say that there is nothing when the first
+        records are still on their way (its initial marker races with them).
+        """
+        seen: set[str] = set()
+        subject, start = f"$KV.{subjects.JOB_BUCKET}.*", 1
+        while batch := await read_batch(self._client, subjects.JOB_STREAM, subject, start=start, limit=_LIST_BATCH):
+            for stored in batch:
+                record = _decoded(stored.data)
+                if record.job_id not in seen:
+                    seen.add(record.job_id)
+                    yield record, stored.sequence
+            start = batch[-1].sequence + 1
+
+    async def watch(self, job_id: str) -> AsyncIterator[tuple[JobRecord, int]]:
+        """A job's record as it is and after each change, for ever; a slow reader skips revisions.
 
         For the gateway: workers have no permission. Close the iterator (``aclosing``) when done.
         """
-        async for found in self._watched(">" if job_id is None else subjects.token(job_id), follow=True):
-            yield found
-
-    async def _watched(self, keys: str, *, follow: bool) -> AsyncIterator[tuple[JobRecord, int]]:
         with translated("watching jobs"):
-            watcher = await self._kv.watch(keys, ignore_deletes=True)
+            watcher = await self._kv.watch(subjects.token(job_id), ignore_deletes=True)
         try:
             async for entry in watcher:
                 if entry is not None:
                     yield _record(entry)
-                elif not follow:
-                    return
         finally:
             await watcher.stop()  # type: ignore[no-untyped-call]
 
@@ -119,11 +127,15 @@ def _bytes(record: JobRecord) -> bytes:
     return data
 
 
-def _record(entry: KeyValue.Entry) -> tuple[JobRecord, int]:
+def _decoded(data: bytes) -> JobRecord:
     try:
-        record = decode(JobRecord, entry.value or b"", max_bytes=MAX_RECORD_BYTES)
+        return decode(JobRecord, data, max_bytes=MAX_RECORD_BYTES)
     except MalformedError as error:
-        raise IntegrityError(f"the stored record of job {entry.key} is broken") from error
+        raise IntegrityError("the stored record of a job is broken") from error
+
+
+def _record(entry: KeyValue.Entry) -> tuple[JobRecord, int]:
+    record = _decoded(entry.value or b"")
     if record.job_id != entry.key or entry.revision is None:
         raise IntegrityError(f"the stored record of job {entry.key} is another job's")
     return record, entry.revision

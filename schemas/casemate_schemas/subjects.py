@@ -176,7 +176,7 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
             f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
             f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
-            f"$JS.API.DIRECT.GET.{EVENT_STREAM}",
+            *(f"$JS.API.DIRECT.GET.{stream}" for stream in (EVENT_STREAM, JOB_STREAM)),
             f"$JS.FC.{JOB_STREAM}.>",
         ),
         subscribe=(

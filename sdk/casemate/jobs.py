@@ -8,8 +8,7 @@ import binascii
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from casemate_schemas import api
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckAnswer, Routing, Submission
@@ -26,7 +25,6 @@ from casemate_schemas.errors import (
 from casemate_schemas.identity import Delegation
 from casemate_schemas.job import JOB_SECTIONS, JobSpec, Plan
 from casemate_schemas.job_state import TERMINAL, JobEvent
-from casemate_schemas.pipeline import Loss, Scaling
 from casemate_schemas.requests import Refusal
 from casemate_schemas.sealing import open_envelope, seal_envelope
 from casemate_schemas.signatures import Signed, sign
@@ -36,8 +34,8 @@ from pydantic import ValidationError
 from ._http import MAX_JSON_BYTES, BytesBody, printable, read_json
 from ._session import Session
 from .datasets import find_datasets, upload_sealed
-from .parameters import SGD, Adam, Privacy, parameter_errors
-from .planning import check_request, is_job_id, plan_training
+from .parameters import parameter_errors
+from .planning import TrainingRequest, check_request, is_job_id, plan_training
 from .results import Result, open_result
 from .state import SubmittedJob
 from .verification import MAX_RESULT_BYTES, Bundle, Expected
@@ -49,30 +47,6 @@ _MAX_RELEASE_BYTES: Final = 2 << 20
 _EVENT_STREAM: Final = "text/event-stream"
 _RECONNECTS: Final = 3
 _POLL_S: Final = 2.0
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What :meth:`~casemate.client.Consortium.train` was asked for."""
-
-    model: Any
-    datasets: tuple[str, ...]
-    target: str
-    privacy: Privacy
-    optimizer: SGD | Adam
-    batch_size: int
-    epochs: float | None
-    steps: int | None
-    features: tuple[str, ...] | None
-    input_shape: tuple[int, ...] | None
-    loss: Loss | None
-    scaling: Scaling
-    purpose: str
-    recipients: tuple[Signed, ...] | None
-    deadline_s: float
-    max_physical_batch: int
-    checkpoint_every_steps: int
-    job_id: str | None
 
 
 async def train(session: Session, request: TrainingRequest) -> Job:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, get_args
+from dataclasses import dataclass
+from typing import Any, Final, get_args
 
 from casemate_privacy.accounting import epsilon
 from casemate_privacy.owners import OwnersPlan, OwnerTarget, plan_job
@@ -22,11 +23,32 @@ from casemate_schemas.signatures import Signed
 from .datasets import Dataset
 from .parameters import SGD, Adam, Privacy, parameter_errors, to_wire
 
-if TYPE_CHECKING:
-    from .jobs import TrainingRequest
-
 MAX_DEADLINE_S: Final = 30 * 24 * 3600
 _INTEGERS: Final = ("int64", "int32", "uint8")
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What :meth:`~casemate.client.Consortium.train` was asked for."""
+
+    model: Any
+    datasets: tuple[str, ...]
+    target: str
+    privacy: Privacy
+    optimizer: SGD | Adam
+    batch_size: int
+    epochs: float | None
+    steps: int | None
+    features: tuple[str, ...] | None
+    input_shape: tuple[int, ...] | None
+    loss: Loss | None
+    scaling: Scaling
+    purpose: str
+    recipients: tuple[Signed, ...] | None
+    deadline_s: float
+    max_physical_batch: int
+    checkpoint_every_steps: int
+    job_id: str | None
 
 
 def check_request(request: TrainingRequest) -> None:

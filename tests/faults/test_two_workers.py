@@ -22,8 +22,9 @@ from casemate_schemas.job_state import JobRecord, advance
 from casemate_schemas.sealing import unseal_content_key
 from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.subjects import WorkerOp
-from casemate_worker.__main__ import load_settings, now_ms
+from casemate_worker.__main__ import now_ms
 from casemate_worker.attempt import Attempt
+from casemate_worker.settings import Settings
 from casemate_worker.worker import Worker
 from support.faults import Bench
 from support.stack import MEMBERS, SCIENTIST, WORKERS
@@ -69,7 +70,7 @@ async def duplicates(bench: Bench, record: JobRecord) -> AsyncIterator[list[Dupl
     found: list[Duplicate] = []
     async with AsyncExitStack() as stack:
         for name in WORKERS:
-            settings = load_settings(layout.program(name) / "settings.toml")
+            settings = Settings.load(layout.program(name) / "settings.toml")
             client = await connect(settings.nats_url, settings.nats_seed_file, user=name)
             stack.push_async_callback(client.close)
             guest = SimulatedGuest(layout.folder / layout.chip_socket)

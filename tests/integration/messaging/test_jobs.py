@@ -117,6 +117,21 @@ async def test_a_broken_record_is_not_guessed_at(nats_stack: NatsStack) -> None:
         await store.get(JOB)
 
 
+async def test_a_long_list_is_whole_although_records_move_meanwhile(nats_stack: NatsStack) -> None:
+    store = JobStore(await nats_stack.connect("gateway"))
+    ids = [f"{number:032x}" for number in range(150)]
+    for job_id in ids:
+        await store.create(a_record(job_id))
+    found: list[str] = []
+    async for record, revision in store.list():
+        found.append(record.job_id)
+        if len(found) in (1, 70):  # one that was read, and one that was not yet
+            for moved in (found[0], ids[-1]):
+                await store.change(moved, lambda r: revise(r, now_ms=r.updated + 1, reason="moved"))
+        assert revision > 0
+    assert sorted(found) == ids
+
+
 async def test_list_and_watch(nats_stack: NatsStack) -> None:
     store = JobStore(await nats_stack.connect("gateway"))
     assert [found async for found in store.list()] == []

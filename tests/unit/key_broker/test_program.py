@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casemate_key_broker.__main__ import Handlers, open_key_broker, read_file
+from casemate_key_broker.__main__ import Handlers, open_key_broker
 from casemate_key_broker.database import Database
 from casemate_key_broker.party import pin_consortium
 from casemate_key_broker.seed_shares import SeedSecrets
-from casemate_key_broker.settings import load_settings
+from casemate_key_broker.settings import Settings
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.settings import read_file
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, sign_manifest
 from casemate_schemas.errors import IntegrityError, MalformedError, ManifestError, SetupError, UnavailableError
@@ -39,10 +40,10 @@ def _settings_file(folder: Path, **changed: Any) -> Path:
 
 def test_the_environment_stands_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _settings_file(tmp_path)
-    assert load_settings(path).max_concurrency == 16
+    assert Settings.load(path).max_concurrency == 16
     monkeypatch.setenv("CASEMATE_KEY_BROKER_MAX_CONCURRENCY", "3")
     monkeypatch.setenv("CASEMATE_KEY_BROKER_STATE_DIR", "/elsewhere")
-    settings = load_settings(path)
+    settings = Settings.load(path)
     assert (settings.max_concurrency, settings.state_dir, settings.key_broker) == (3, Path("/elsewhere"), "north")
 
 
@@ -52,14 +53,14 @@ def test_the_environment_stands_over_the_file(tmp_path: Path, monkeypatch: pytes
 )
 def test_settings_that_cannot_be(tmp_path: Path, changed: dict[str, str]) -> None:
     with pytest.raises(SetupError, match=next(iter(changed))):
-        load_settings(_settings_file(tmp_path, **changed))
+        Settings.load(_settings_file(tmp_path, **changed))
 
 
 def test_settings_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("key_broker = \n")
     for name in ("missing.toml", "broken.toml"):
         with pytest.raises(SetupError):
-            load_settings(tmp_path / name)
+            Settings.load(tmp_path / name)
 
 
 def test_private_files_must_be_private(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_the_keys_must_be_those_in_the_manifest(bench: Bench, tmp_path: Path) ->
         manifest_file=tmp_path / "manifest",
         state_dir=tmp_path / "state",
     )
-    settings = load_settings(path)
+    settings = Settings.load(path)
     for owner, expected in (("south", SetupError), ("north", None)):
         keys.write_text(bench.key_brokers[owner].to_text())
         database = Database(settings.state_dir)

@@ -50,7 +50,7 @@ def test_a_worker_keeps_its_memory_private_before_it_reads_anything(
         called.append("settings")
         raise SetupError("none")
 
-    monkeypatch.setattr(program, "load_settings", load)
+    monkeypatch.setattr(program.Settings, "load", load)
     monkeypatch.setattr(sys, "argv", ["casemate-worker", "--settings", str(tmp_path / "settings.toml")])
     with pytest.raises(SystemExit) as ended:
         program.main()

@@ -1,0 +1,90 @@
+"""What every program on NATS is told by its operator: one TOML file, the environment on top. Paths and figures, no secrets."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Final, Self
+
+from casemate_schemas.codec import decode
+from casemate_schemas.consortium import ManifestChain
+from casemate_schemas.errors import SetupError
+from pydantic import StringConstraints, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+MAX_SETTINGS_BYTES: Final = 64 << 10
+MAX_CHAIN_BYTES: Final = 64 << 20
+
+
+class ProgramSettings(BaseSettings):
+    """The settings that all programs share. A subclass adds its own, and its ``env_prefix``."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
+
+    nats_url: str
+    """The embedded server's or an existing cluster's, ``nats://host:port`` or ``tls://host:port``."""
+    nats_seed_file: Path
+    """Seed of the program's nkey, readable by its user alone."""
+    consortium: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """The consortium's id in hexadecimal."""
+    manifest_file: Path
+    """Canonical ``ManifestChain``."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The settings in the TOML file ``path``; an environment variable (prefix and field name) takes precedence.
+
+        Raises :class:`SetupError` that names the field, and never shows a value.
+        """
+        try:
+            return cls(**tomllib.loads(read_file(path, MAX_SETTINGS_BYTES).decode("utf-8")))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise SetupError(f"{path} is not a TOML file") from error
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            raise SetupError(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file; nothing else is read."""
+        return env_settings, init_settings
+
+    @property
+    def consortium_id(self) -> bytes:
+        """The consortium's id, 32 bytes."""
+        return bytes.fromhex(self.consortium)
+
+    def manifest_chain(self) -> ManifestChain:
+        """The chain in ``manifest_file``, not verified. Raises :class:`SetupError` or :class:`MalformedError`."""
+        return decode(ManifestChain, read_file(self.manifest_file, MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
+
+
+def read_file(path: Path, max_bytes: int, *, private: bool = False) -> bytes:
+    """A whole file. Raises :class:`SetupError` if it is larger, or if others can read what must be ``private``."""
+    try:
+        with path.open("rb") as file:
+            if private:
+                check_private(path)
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise SetupError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > max_bytes:
+        raise SetupError(f"expected at most {max_bytes} bytes in {path}")
+    return data
+
+
+def check_private(path: Path) -> None:
+    """Raises :class:`SetupError` if others than its owner may read the file, or if there is none."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise SetupError(f"cannot read {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise SetupError(f"{path} can be read by others than its owner: chmod 600")
