@@ -23,6 +23,7 @@ from casemate_schemas.signatures import Signed
 
 from . import datasets as _datasets
 from . import jobs as _jobs
+from . import planning as _planning
 from ._http import MAX_CHAIN_BYTES, MAX_LIST_BYTES, Gateway, read_json
 from ._session import Session
 from .identity import Identity, now_ms
@@ -171,7 +172,7 @@ class Consortium:
         :class:`~casemate_schemas.errors.DatasetError`, :class:`~casemate_schemas.errors.BudgetError`,
         :class:`~casemate_schemas.errors.ConflictError`, or the gateway's problem. Nothing is charged by submitting.
         """
-        request = _jobs.TrainingRequest(
+        request = _planning.TrainingRequest(
             model=model,
             datasets=tuple(datasets),
             target=target,
