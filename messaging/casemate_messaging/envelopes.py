@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator
 from dataclasses import dataclass
-from typing import Final
 
-from casemate_schemas.envelope import MAGIC, EnvelopeHead, open_head, split_envelope
+from casemate_schemas.envelope import MAGIC, EnvelopeHead, open_head
 from casemate_schemas.errors import CasemateError, IntegrityError
 from nats.aio.client import Client
 
 from .blobs import BlobStore
 from .heads import HeadStore
-
-MAX_SMALL_ENVELOPE_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,6 @@ class EnvelopeStore:
         await self._blobs.put(header.ciphertext_digest, header.ciphertext_bytes, ciphertext)
         return await self._heads.put(header.digest, signed_head)
 
-    async def put_bytes(self, envelope: bytes) -> bytes:
-        """Stores a small envelope that is whole in memory; returns its header's digest. Raises as :meth:`put`."""
-        signed_head, ciphertext = split_envelope(envelope, max_bytes=MAX_SMALL_ENVELOPE_BYTES)
-        await self.put(bytes(signed_head), _once(bytes(ciphertext)))
-        return open_head(signed_head).header.digest
-
     async def head(self, digest: bytes) -> StoredHead:
         """The head of a complete envelope.
 
@@ -74,14 +65,3 @@ class EnvelopeStore:
     def ciphertext(self, stored: StoredHead) -> AsyncIterator[bytes]:
         """The envelope's ciphertext in order; its last piece comes only after the digest was checked."""
         return self._blobs.get(stored.head.header.ciphertext_digest)
-
-    async def small(self, digest: bytes) -> bytes:
-        """A whole envelope of at most :data:`MAX_SMALL_ENVELOPE_BYTES`. Raises as :meth:`head`."""
-        stored = await self.head(digest)
-        if stored.head.header.ciphertext_bytes > MAX_SMALL_ENVELOPE_BYTES:
-            raise IntegrityError("the stored envelope is larger than one of its kind may be")
-        return stored.framing + b"".join([piece async for piece in self.ciphertext(stored)])
-
-
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data

@@ -42,8 +42,6 @@ async def test_what_one_stores_the_other_reads_and_opens(nats_stack: NatsStack) 
     signed_head, ciphertext = split_envelope(whole, max_bytes=len(whole))
     assert await gateway.put(bytes(signed_head), pieces(ciphertext))
     assert not await worker.put(bytes(signed_head), pieces(ciphertext))
-    small = envelope(b"small")
-    assert await gateway.small(await worker.put_bytes(small)) == small
     stored = await worker.head(open_head(signed_head).header.digest)
     read = stored.framing + b"".join([piece async for piece in worker.ciphertext(stored)])
     assert read == whole
