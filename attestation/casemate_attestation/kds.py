@@ -1,8 +1,9 @@
 """Where a chip's certificates and revocation lists come from: AMD's key distribution service (KDS), or a folder.
 
 Source: AMD 57230, chapter 4: ``/vcek/v1/{product}/{hwID}?{levels}`` (DER), ``/{vcek,vlek}/v1/{product}/cert_chain``
-(two PEM certificates, intermediate first) and ``/vcek/v1/{product}/crl`` (DER). VLEK certificates are handed to cloud
-providers only: their hosts have to provide them.
+(two PEM certificates, intermediate first) and ``/{vcek,vlek}/v1/{product}/crl`` (DER): ASK and ASVK each name a list of
+their own (RFC 5280, 4.2.1.13), both signed by the ARK. VLEK certificates are handed to cloud providers only: their hosts
+have to provide them.
 
 Nothing from here is trusted: the relying party verifies every certificate again. What a folder holds is nevertheless
 checked each time it is read, so that a broken or swapped file is fetched anew instead of failing for ever.
@@ -100,9 +101,9 @@ def chain_url(base_url: str, product: Product, kind: VekKind) -> str:
     return f"{base_url.rstrip('/')}/{kind}/v1/{product}/cert_chain"
 
 
-def crl_url(base_url: str, product: Product) -> str:
-    """Where the ARK's revocation list is."""
-    return f"{base_url.rstrip('/')}/vcek/v1/{product}/crl"
+def crl_url(base_url: str, product: Product, kind: VekKind) -> str:
+    """Where the ARK's revocation list for this kind of chain is."""
+    return f"{base_url.rstrip('/')}/{kind}/v1/{product}/crl"
 
 
 def vek_file(product: Product, kind: VekKind, chip_id: bytes, reported_tcb: bytes) -> str:
@@ -111,9 +112,9 @@ def vek_file(product: Product, kind: VekKind, chip_id: bytes, reported_tcb: byte
     return f"{kind}_{product.lower()}{chip}_{reported_tcb.hex()}.der"
 
 
-def crl_file(product: Product) -> str:
+def crl_file(product: Product, kind: VekKind) -> str:
     """The name that a revocation list has in a folder."""
-    return f"crl_{product.lower()}.der"
+    return f"crl{'' if kind == 'vcek' else '_vlek'}_{product.lower()}.der"
 
 
 class KdsClient:
@@ -254,13 +255,13 @@ class KdsClient:
 
     # --- revocation lists ---------------------------------------------------------------------------------------------
 
-    def cached_crl(self, product: Product) -> bytes:
-        """The revocation list (DER) at hand. Asks nobody.
+    def cached_crl(self, product: Product, kind: VekKind) -> bytes:
+        """The revocation list (DER) at hand for chains of that kind. Asks nobody.
 
         Raises :class:`UnavailableError` unless there is one that the ARK signed, that is current, and that was fetched at
         most ``crl_max_age_s`` ago: a stale list is never returned.
         """
-        name = crl_file(product)
+        name = crl_file(product, kind)
         age_ms = self._folder.age_ms(name, self._clock())
         if age_ms is None:
             raise UnavailableError(f"no revocation list for {product} at hand: expected {self._folder.path / name}")
@@ -268,13 +269,13 @@ class KdsClient:
             raise UnavailableError(f"the revocation list for {product} at hand was fetched too long ago")
         try:
             body = self._folder.read(name, MAX_CRL_BYTES) or b""
-            self._check_crl(body, self._held_ark(product))
+            self._check_crl(body, self._held_ark(product, kind))
         except (MalformedError, VerificationError) as error:
             raise UnavailableError(f"the revocation list for {product} at hand is not usable: {error}") from error
         return body
 
-    def refresh_crl(self, product: Product) -> bytes:
-        """The revocation list (DER) that the service has now; from here on it is the one at hand.
+    def refresh_crl(self, product: Product, kind: VekKind) -> bytes:
+        """The revocation list (DER) that the service has now for chains of that kind; from here on it is the one at hand.
 
         Raises :class:`UnavailableError` (of which :class:`ThrottledError`) if there is none, if it is not a current list
         by an accepted ARK, or if it is older than the one at hand; that one then stays. :class:`SetupError` if offline.
@@ -283,25 +284,25 @@ class KdsClient:
             raise SetupError("revocation lists are fetched online only")
         with self._lock:
             try:
-                ark = parse_certificate(self.chain(product, "vcek")[1])
-                body = self._get(crl_url(self._base_url, product), MAX_CRL_BYTES)
-                if self._check_crl(body, ark).last_update < self._last_update(product, ark):
+                ark = parse_certificate(self.chain(product, kind)[1])
+                body = self._get(crl_url(self._base_url, product, kind), MAX_CRL_BYTES)
+                if self._check_crl(body, ark).last_update < self._last_update(crl_file(product, kind), ark):
                     raise VerificationError("a list older than the one at hand")
             except (MalformedError, VerificationError, NotFoundError) as error:
                 raise UnavailableError(f"no usable revocation list for {product}: {error}") from error
-            self._folder.write(crl_file(product), body, self._clock())
+            self._folder.write(crl_file(product, kind), body, self._clock())
             return body
 
-    def _last_update(self, product: Product, ark: Certificate) -> datetime:
+    def _last_update(self, name: str, ark: Certificate) -> datetime:
         """When the list at hand was issued; the beginning of time if none is usable."""
         try:
-            held = self._folder.read(crl_file(product), MAX_CRL_BYTES) or b""
+            held = self._folder.read(name, MAX_CRL_BYTES) or b""
             return self._check_crl(held, ark).last_update
         except (MalformedError, VerificationError):
             return datetime.min.replace(tzinfo=UTC)
 
-    def _held_ark(self, product: Product) -> Certificate:
-        if (held := self._held(_chain_files(product, "vcek"), self._chain_check(product, "vcek"))) is None:
+    def _held_ark(self, product: Product, kind: VekKind) -> Certificate:
+        if (held := self._held(_chain_files(product, kind), self._chain_check(product, kind))) is None:
             raise VerificationError("the certificate of the ARK that signed it is not at hand")
         return parse_certificate(held[1])
 

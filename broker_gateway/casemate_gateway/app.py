@@ -41,7 +41,7 @@ from .problems import error_boundary
 from .records import RecordReader
 from .routes import consortium, envelopes, health, jobs, key_brokers, results
 from .settings import Settings
-from .tasks import end
+from .tasks import begin, end
 from .transitions import Transitions
 
 SHUTDOWN_TIMEOUT_S: Final = 3.0
@@ -146,9 +146,17 @@ def make_app(gateway: Gateway) -> web.Application:
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: Settings, client: Client, *, log: ProgramLog, clock: Callable[[], int] = wall_clock
+    settings: Settings,
+    client: Client,
+    *,
+    log: ProgramLog,
+    clock: Callable[[], int] = wall_clock,
+    on_failed: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[tuple[str, Gateway]]:
-    """A gateway that listens and admits while the block runs; (origin, gateway)."""
+    """A gateway that listens and admits while the block runs; (origin, gateway).
+
+    ``on_failed`` hears of it if what goes on in the background has ended: then manifests, revocations or jobs stand still.
+    """
     manifests = TrustedManifests.open(settings)
     follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
     revocations = TrustedRevocations(lambda: manifests.versions)
@@ -173,10 +181,13 @@ async def running(
         background: list[asyncio.Task[None]] = []
         try:
             await web.SockSite(runner, listener).start()
-            background.append(asyncio.create_task(gateway.admission.run(settings.reconcile_every_s)))
-            background.append(asyncio.create_task(follower.run()))
-            background.append(asyncio.create_task(revoking.run()))
-            background.append(asyncio.create_task(_sweep(client, settings.sweep_every_s, log, clock)))
+            for work in (
+                gateway.admission.run(settings.reconcile_every_s),
+                follower.run(),
+                revoking.run(),
+                _sweep(client, settings.sweep_every_s, log, clock),
+            ):
+                background.append(begin(work, log, on_failed))
             yield _address(settings.host, listener), gateway
         finally:
             gateway.stopping.set()
@@ -191,6 +202,12 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
     Raises :class:`SetupError`, :class:`ManifestError`, :class:`AuthenticationError` or :class:`UnavailableError`.
     """
     TrustedManifests.open(settings)
+    failed = asyncio.Event()
+
+    def on_failed() -> None:
+        failed.set()
+        stop.set()
+
     client = await connect(
         settings.nats_url,
         settings.nats_seed_file,
@@ -201,13 +218,15 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
     )
     try:
         await ensure_streams(client.jetstream(), _stream_settings(settings))
-        async with running(settings, client, log=log) as (address, gateway):
+        async with running(settings, client, log=log, on_failed=on_failed) as (address, gateway):
             simulation = gateway.consortium.manifest.simulation
             log.info("ready", address=address, number=gateway.consortium.manifest.number, simulation=simulation)
             await stop.wait()
             log.info("stopping")
             if client.is_closed:
                 raise UnavailableError("NATS has closed the connection for good: does it still know this key?")
+            if failed.is_set():
+                raise UnavailableError("something went wrong that nobody foresaw: see the log, and start it again")
     finally:
         await client.close()
 

@@ -84,12 +84,15 @@ async def _serve(settings: Settings, log: ProgramLog) -> None:
     client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.name)
     follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
     following = asyncio.create_task(follower.run())
+    following.add_done_callback(lambda _: stop.set())
     try:
         await follower.catch_up()
         worker = Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
         manifest = manifests.current.manifest
         log.info("ready", worker=settings.name, number=manifest.number, simulation=manifest.simulation)
         await worker.run(stop)
+        if following.done():
+            following.result()
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Final
 
 from casemate_attestation.guest import KeyedGuest
-from casemate_attestation.products import Product
 from casemate_messaging.connection import connect
 from casemate_messaging.ledger_heads import LedgerHeadStore
 from casemate_messaging.logs import ProgramLog
@@ -43,7 +42,7 @@ from .backups import back_up
 from .clock import MonotoneClock
 from .database import Database, State
 from .party import Party, keep_revocation, known_revocations, pin, pin_consortium
-from .revocation import RevocationLists
+from .revocation import ListName, RevocationLists, lists_for
 from .seed_shares import SeedSecrets
 from .service import KeyBroker, Limits
 from .settings import Settings
@@ -53,8 +52,11 @@ Operation = Callable[[bytes], bytes]
 _ASKED_BY_PEOPLE: Final = frozenset({"precheck", "message"})
 """A person knows the newest manifest, for a new member's delegation, before the key broker has looked for it."""
 
-_DECIDING: Final = frozenset({"precheck", "message", "grant", "commit"})
+_MOVING: Final = frozenset({"precheck", "message", "grant", "commit"})
 """Operations that move the state."""
+
+_DECIDING: Final = _MOVING - {"message"}
+"""Of these, those that a state that was set back never answers. By messages its owners look at it, and endorse it."""
 
 
 def now_ms() -> int:
@@ -116,7 +118,8 @@ async def _serve(program: Program, settings: Settings, client: Client, log: Prog
     following = [asyncio.create_task(follower.run()), asyncio.create_task(revoking.run())]
     for task in following:
         task.add_done_callback(lambda _: stop.set())
-    refreshing = asyncio.create_task(program.lists.keep_fresh(program.products, log))
+    refreshing = asyncio.create_task(program.lists.keep_fresh(program.revocation_lists, log))
+    refreshing.add_done_callback(lambda task: stop.set() if not task.cancelled() and task.exception() else None)
     try:
         async with await serve(client, prefix, handlers.by_op, max_concurrency=settings.max_concurrency):
             manifest = program.manifests.current.manifest
@@ -129,7 +132,7 @@ async def _serve(program: Program, settings: Settings, client: Client, log: Prog
             )
             await stop.wait()
         handlers.raise_for_failure()
-        for task in following:
+        for task in (*following, refreshing):
             if task.done():
                 task.result()
         if client.is_closed:
@@ -162,9 +165,9 @@ class Program:
             )
         return self.broker
 
-    def products(self) -> tuple[Product, ...]:
-        """The products that the manifest in force accepts."""
-        return tuple(accepted.product for accepted in self.manifests.current.manifest.attestation.products)
+    def revocation_lists(self) -> tuple[ListName, ...]:
+        """The lists that evidence under the manifest in force can need."""
+        return lists_for(self.manifests.current.manifest.attestation)
 
 
 def move_state(settings: Settings, order: Path | None, out: Path | None, taken: Path | None) -> None:
@@ -176,11 +179,13 @@ def move_state(settings: Settings, order: Path | None, out: Path | None, taken: 
         raise SetupError("only a key broker in an enclave hands its state over, or takes one over")
     database, clock = hosted.open_state(settings, guest, now_ms)
     try:
-        chain = TrustedManifests.open(settings).chain
-        consortium = pin_consortium(database, settings.key_broker, settings.consortium_id, chain, clock())
+        manifests = TrustedManifests.open(settings)
+        consortium = pin_consortium(database, settings.key_broker, settings.consortium_id, manifests.chain, clock())
+        hosted.check_guest(settings, consortium)
         keys = hosted.own_keys(database)
         if order is not None and out is not None:
-            party = Party(settings.key_broker, keys, consortium)
+            revocations = TrustedRevocations(lambda: manifests.versions, known=known_revocations(database))
+            party = Party(settings.key_broker, keys, revocations.applied_to(consortium))
             out.write_bytes(handover.hand_over(database, party, read_file(order, MAX_FILE_BYTES), clock()))
         elif taken is not None:
             sealed = read_file(taken, handover.MAX_STATE_BYTES)
@@ -324,13 +329,18 @@ class Handlers:
 
     async def _anchored(self, op: str, operation: Callable[[], Operation], payload: bytes) -> bytes:
         """The answer, once the newest head was met before it and the head after it was left."""
-        if self._anchoring is None or op not in _DECIDING:
+        if self._anchoring is None or op not in _MOVING:
             return await self._answered(op, operation, payload)
         await self._anchoring.meet()
         try:
-            return await self._answered(op, operation, payload)
-        finally:
-            await self._anchoring.leave()
+            answer = await self._answered(op, operation, payload)
+        except IntegrityError:
+            raise  # of a broken state there is nothing to leave
+        except CasemateError:
+            await self._anchoring.leave(decided=False)
+            raise
+        await self._anchoring.leave(decided=op in _DECIDING)
+        return answer
 
     async def _answered(self, op: str, operation: Callable[[], Operation], payload: bytes) -> bytes:
         """The answer. Whoever is refused for what a newer manifest may say otherwise is judged by that one, if there is one."""

@@ -2,8 +2,8 @@
 
 After each decision the state's :class:`LedgerHead`, signed, is anchored in NATS and goes to whoever was answered. A key
 broker that meets a head of its own signature that is not part of its past was restored from an older copy, or another
-copy of it is at work. It then gives no keys and decides nothing, until a steward or admin of an owner endorses the state
-that there is. What is not protected is what nobody shows: ``docs/decisions/0013-rollback.md``.
+copy of it is at work. It then gives no keys and decides nothing, until a steward or admin of each member that it serves
+endorses the state that there is. What is not protected is what nobody shows: ``docs/decisions/0013-rollback.md``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .party import Party, full_name
 
 _AHEAD: Final = "anchor-ahead"
 _ENDORSED: Final = "anchor-endorsed"
+_ENDORSING: Final = "anchor-endorsing"
 
 
 def head(tx: Transaction, party: Party, now: int) -> LedgerHead:
@@ -79,13 +80,18 @@ def check_officer(party: Party, person: Delegation) -> None:
 
 
 def show(tx: Transaction, party: Party, now: int) -> StateShown:
-    """Where the state stands, and the head it is behind of."""
-    ahead = get_meta(tx, _AHEAD)
-    return StateShown(head=head(tx, party, now), ahead=None if ahead is None else decode(Signed, ahead))
+    """Where the state stands, the head it is behind of, and the members whose endorsement is missing."""
+    if (known := get_meta(tx, _AHEAD)) is None:
+        return StateShown(head=head(tx, party, now), ahead=None)
+    ahead = decode(Signed, known)
+    awaited = set(party.serves) - _endorsing(tx, ahead.digest)
+    return StateShown(head=head(tx, party, now), ahead=ahead, awaited=tuple(sorted(awaited)))
 
 
 def endorse(tx: Transaction, party: Party, person: Delegation, ahead: bytes, now: int) -> StateShown:
-    """Gives up the newer head of digest ``ahead``, and what came before it, and goes on from this state.
+    """A member's word for giving up the newer head of digest ``ahead``, and what came before it, for this state.
+
+    The last member served makes it so: what is forgotten are charges of every one of them.
 
     Raises :class:`StateError` if no newer head is known, and :class:`ConflictError` if it is another one by now.
     """
@@ -96,8 +102,11 @@ def endorse(tx: Transaction, party: Party, person: Delegation, ahead: bytes, now
     if signed.digest != ahead:
         raise ConflictError("another newer head was seen since: look at the state again")
     branch, entries, audit_size = _reach(_opened(party, signed))
-    set_meta(tx, _ENDORSED, (*_endorsed(tx), (branch, entries, audit_size)))
-    tx.execute("DELETE FROM meta WHERE name = ?", (_AHEAD,))
+    endorsing = _endorsing(tx, ahead) | {person.member}
+    set_meta(tx, _ENDORSING, (ahead, *sorted(endorsing)))
+    if endorsing >= set(party.serves):
+        set_meta(tx, _ENDORSED, (*_endorsed(tx), (branch, entries, audit_size)))
+        tx.execute("DELETE FROM meta WHERE name IN (?, ?)", (_AHEAD, _ENDORSING))
     entry = AuditEntry(
         key_broker=party.id,
         event="state_endorsed",
@@ -107,6 +116,12 @@ def endorse(tx: Transaction, party: Party, person: Delegation, ahead: bytes, now
     )
     audit_log.append(tx, entry)
     return show(tx, party, now)
+
+
+def _endorsing(tx: Transaction, ahead: bytes) -> set[str]:
+    """The members that have endorsed this state instead of the head of digest ``ahead``, as yet in vain."""
+    digest, *members = get_meta(tx, _ENDORSING) or (b"",)
+    return set(members) if digest == ahead else set()
 
 
 def _opened(party: Party, signed: Signed) -> LedgerHead:

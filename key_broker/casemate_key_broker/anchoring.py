@@ -41,10 +41,11 @@ class Anchoring:
                 await self._look()
                 self._met = True
 
-    async def leave(self) -> None:
+    async def leave(self, *, decided: bool) -> None:
         """Anchors where the state stands, if it has moved: before the answer of the decision that moved it leaves.
 
-        A state that is known to be set back leaves nothing, or it would hide the newer head. If another head was anchored
+        A state that is known to be set back leaves nothing, or it would hide the newer head; and an answer that it
+        ``decided`` before that was known stays here. If another head was anchored
         since the last one, a copy of this state is at work: that one is met, and this one stops. Raises
         :class:`UnavailableError` (:class:`RolledBackError` then): the answer stays here, and whoever asked asks again.
         """
@@ -52,6 +53,8 @@ class Anchoring:
             try:
                 signed = await asyncio.to_thread(self._broker().head)
             except RolledBackError:
+                if decided:
+                    raise
                 return
             if (place := _place(signed)) == self._left:
                 return

@@ -57,6 +57,7 @@ MAX_PENDING_BY_PERSON: Final = 32
 MAX_PENDING_BY_MEMBER: Final = 512
 MAX_PENDING: Final = 4096
 MAX_APPROVALS_OF_TERMS: Final = 512
+"""Whoever spoke before may speak again, and one more may deny: no crowd of approvers takes that from anybody."""
 MAX_LISTING_BYTES: Final = 768 << 10
 
 
@@ -343,7 +344,8 @@ def _check_counted(case: Case, said: VerifiedApproval) -> None:
 def _keep(tx: Transaction, case: Case, said: VerifiedApproval, signed: Signed, delegation: Signed, now: int) -> None:
     who = (said.terms, said.licence, said.approver.member, said.approver.person)
     query = "SELECT signed FROM approvals WHERE terms = ? AND licence = ? AND member = ? AND person = ?"
-    if (known := tx.execute(query, who).fetchone()) is not None:  # 4
+    known = tx.execute(query, who).fetchone()
+    if known is not None:  # 4
         before = decode(Signed, known[0]).peek(Approval)
         if before.decision == "deny" or said.at < before.at:
             raise ConflictError("you said otherwise about this job, and that stands")
@@ -351,7 +353,7 @@ def _keep(tx: Transaction, case: Case, said: VerifiedApproval, signed: Signed, d
     if any(row != who[2:] for row in tx.execute(query, (said.terms, signed.signer))):  # 5
         raise ConflictError("this key has spoken under another name already")
     (count,) = tx.execute("SELECT count(*) FROM approvals WHERE terms = ?", who[:1]).fetchone()
-    if count >= MAX_APPROVALS_OF_TERMS:
+    if known is None and count >= MAX_APPROVALS_OF_TERMS + (said.decision == "deny"):
         raise TooLargeError(f"{count} people have spoken about this job already, the most that can")
     row = (signed.signer, said.decision, encode(signed), encode(delegation), min(now, said.at))
     deadline = case.terms.terms.deadline

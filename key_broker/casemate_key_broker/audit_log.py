@@ -12,11 +12,14 @@ from collections.abc import Callable
 from typing import Final
 
 from casemate_schemas.codec import decode, domain_digest, encode
-from casemate_schemas.errors import CasemateError, IntegrityError
+from casemate_schemas.errors import CasemateError, IntegrityError, UnavailableError
 from casemate_schemas.grant import AuditEntry, InclusionProof
 from casemate_schemas.merkle import leaf_hash, node_hash, split_of
 
-from .database import Transaction, get_meta, set_meta
+from .database import State, Transaction, get_meta, set_meta
+
+NO_DECISION: Final = (IntegrityError, UnavailableError)
+"""Errors that say nothing about what was asked: they are never an answer, and never written down as one."""
 
 _HEAD: Final = "audit-head"
 _START: Final = bytes(32)
@@ -32,6 +35,15 @@ def append(tx: Transaction, entry: AuditEntry) -> int:
     tx.executemany("INSERT INTO audit_tree VALUES (?, ?, ?)", _completed(size, leaf, lambda *at: _node(tx, *at)))
     set_meta(tx, _HEAD, (size + 1, following))
     return int(size)
+
+
+def record_refusal(database: State, refusal: CasemateError, **about: object) -> None:
+    """A ``refused`` entry with these other fields of :class:`AuditEntry`, unless the error decided nothing."""
+    if isinstance(refusal, NO_DECISION):
+        return
+    entry = AuditEntry.model_validate({"event": "refused", "reason": refusal.reason} | about)
+    with database.transaction() as tx:
+        append(tx, entry)
 
 
 def size(tx: Transaction) -> int:

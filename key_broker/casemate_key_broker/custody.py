@@ -81,7 +81,7 @@ def amend(
     if found.erased:
         raise DatasetError(f"{found.id} was erased")
     if licences.put_licence(tx, request.licence, licence, full_name(person), now):
-        _record(tx, party, person, now, event="amended", subject=found.id, licence=request.licence.digest)
+        record(tx, party, person, now, event="amended", subject=found.id, licence=request.licence.digest)
     return LicenceAmended(dataset=found.id, licence=request.licence.digest)
 
 
@@ -101,10 +101,11 @@ def erase(tx: Transaction, party: Party, person: Delegation, request: EraseDatas
     dataset_keys.forget_unused(tx, found.card.owner)
     for envelope in gone:
         dataset_keys.destroy(tx, envelope)
-        _record(tx, party, person, now, event="erased", subject=found.id, envelope=envelope)
+        record(tx, party, person, now, event="erased", subject=found.id, envelope=envelope)
     return DatasetErased(dataset=found.id, envelopes=tuple(gone))
 
 
-def _record(tx: Transaction, party: Party, person: Delegation, now: int, **fields: object) -> None:
+def record(tx: Transaction, party: Party, person: Delegation, now: int, **fields: object) -> None:
+    """What a person did, as an audit entry with these other ``fields`` of :class:`AuditEntry`."""
     about = {"key_broker": party.id, "at": now, "person": full_name(person)} | fields
     audit_log.append(tx, AuditEntry.model_validate(about))

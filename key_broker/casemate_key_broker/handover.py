@@ -21,7 +21,7 @@ from casemate_schemas.keyring import KeyRing
 from casemate_schemas.sealing import open_envelope, seal_envelope
 
 from . import anchor, audit_log
-from .database import State, get_meta, set_meta
+from .database import State, get_meta, prepare_schema, set_meta
 from .party import Party, full_name
 from .sealed_database import SealedDatabase
 
@@ -84,9 +84,10 @@ def take_over(database: SealedDatabase, consortium: Consortium, key_broker: str,
     """The state in the envelope in the place of this enclave's, which decided nothing: no manifest lists its keys.
 
     1. It is from the key broker that the manifest lists, to this enclave's ``own`` keys.
-    2. It is the state of that key broker and this consortium, given away to this enclave.
+    2. It is the state of that key broker and this consortium, given away to this enclave, and one that this release reads:
+       or the only keys that open the envelope would be gone, and with them the state.
 
-    Raises :class:`MalformedError`, :class:`CryptographyError` or :class:`AuthenticationError`.
+    Raises :class:`MalformedError`, :class:`CryptographyError`, :class:`AuthenticationError` or :class:`SetupError`.
     """
     listed = consortium.manifest.key_broker(key_broker).signing_key
     _, snapshot = open_envelope(  # 1
@@ -98,6 +99,7 @@ def take_over(database: SealedDatabase, consortium: Consortium, key_broker: str,
         given = get_meta(scratch, "key-broker"), get_meta(scratch, _GIVEN_AWAY)
         if given != ((key_broker, consortium.id), own.signing.public):  # 2
             raise AuthenticationError("the state is another key broker's, or was given to another enclave")
+        prepare_schema(scratch)
         scratch.execute("DELETE FROM meta WHERE name = ?", (_GIVEN_AWAY,))
         scratch.commit()
         database.replace(scratch.serialize())

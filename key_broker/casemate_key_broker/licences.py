@@ -26,7 +26,7 @@ from casemate_schemas.grant import AuditEntry
 from casemate_schemas.identity import Delegation
 from casemate_schemas.licence import Licence
 from casemate_schemas.licence_check import check_sound
-from casemate_schemas.requests import BudgetRenewed, DatasetRegistered, RegisterDataset, RenewBudget
+from casemate_schemas.requests import MAX_RENEWALS, BudgetRenewed, DatasetRegistered, RegisterDataset, RenewBudget
 from casemate_schemas.sealing import check_consortium, unseal_content_key
 from casemate_schemas.signatures import Signed
 
@@ -159,8 +159,9 @@ def put_licence(tx: Transaction, signed: Signed, licence: Licence, person: str, 
 def renew_budget(tx: Transaction, party: Party, person: Delegation, request: RenewBudget, now: int) -> BudgetRenewed:
     """Puts the dataset under a new lineage, of which nothing is spent; ledger and audit log say who wanted it.
 
-    Raises :class:`AuthorisationError` unless ``person`` is a steward or admin of its owner, :class:`NotFoundError`, and
-    :class:`ConflictError` if it is under another lineage than the one to be ended.
+    Raises :class:`AuthorisationError` unless ``person`` is a steward or admin of its owner, :class:`NotFoundError`,
+    :class:`ConflictError` if it is under another lineage than the one to be ended, and :class:`TooLargeError` for a
+    renewal more than its owner can be shown.
     """
     owner = request.dataset.partition("@")[2]
     if person.member != owner or owner not in party.serves or not {"steward", "admin"} & set(person.roles):
@@ -168,6 +169,8 @@ def renew_budget(tx: Transaction, party: Party, person: Delegation, request: Ren
     dataset, begun = find(tx, request.dataset), secrets.token_bytes(32)
     if dataset.lineage != request.lineage:
         raise ConflictError(f"the budget of {dataset.id} was renewed already: look at it again")
+    if len(ledger.renewals(tx, dataset.id)) >= MAX_RENEWALS:
+        raise TooLargeError(f"the budget of {dataset.id} was renewed {MAX_RENEWALS} times, the most that can be shown")
     ledger.renew(tx, dataset.id, dataset.lineage, begun, person=full_name(person), now=now)
     tx.execute("UPDATE datasets SET lineage = ? WHERE dataset = ?", (begun, dataset.id))
     entry = AuditEntry(

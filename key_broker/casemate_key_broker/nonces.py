@@ -16,6 +16,7 @@ import secrets
 from typing import Final
 
 from casemate_schemas.codec import pack
+from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS
 from casemate_schemas.errors import NonceError
 from casemate_schemas.evidence import NONCE_BYTES, WorkerClaims
 from casemate_schemas.grant import NonceReply, NonceRequest
@@ -47,11 +48,12 @@ def issue(key: bytes, request: NonceRequest, *, now: int, ttl_ms: int) -> NonceR
     return NonceReply(nonce=head + _mac(key, head, request), expires=expires)
 
 
-def consume(tx: Transaction, key: bytes, claims: WorkerClaims, *, key_broker: str, now: int) -> None:
+def consume(tx: Transaction, key: bytes, claims: WorkerClaims, *, key_broker: str, now: int, ttl_ms: int) -> None:
     """Uses up ``key_broker``'s nonce in ``claims``: of any number of requests with it, one at most passes.
 
     1. It is one that this key broker gave for the very job, terms and attempt that are claimed.
-    2. It has not expired.
+    2. It has not expired, and was not given at a time that is still to come: a clock that was ahead for a while makes
+       none that lasts.
     3. It was never used. From here on it is, once the transaction is committed.
 
     Raises :class:`NonceError`.
@@ -62,8 +64,8 @@ def consume(tx: Transaction, key: bytes, claims: WorkerClaims, *, key_broker: st
     if not hmac.compare_digest(mac, _mac(key, head, request)):  # 1
         raise NonceError("expected a nonce that was given here for this job, terms and attempt")
     expires = int.from_bytes(head[_RANDOM_BYTES:], "big")
-    if expires <= now:  # 2
-        raise NonceError("the nonce has expired")
+    if not now < expires <= now + ttl_ms + MAX_CLOCK_SKEW_MS:  # 2
+        raise NonceError("the nonce has expired, or was given by a clock that was ahead")
     tx.execute("DELETE FROM used_nonces WHERE expires <= ?", (now - _KEPT_MS,))
     used = tx.execute("INSERT OR IGNORE INTO used_nonces VALUES (?, ?) RETURNING nonce", (nonce, expires)).fetchall()
     if len(used) != 1:  # 3

@@ -89,10 +89,12 @@ READING: Final = (
     ListApprovals,
     ShowApproval,
     ShowState,
-    EndorseState,
     TellTime,
 )
-"""Requests that a key broker whose state was set back still answers: they give nothing away, or mend it."""
+"""Requests that change nothing, however often whoever carries them repeats them (time only goes on)."""
+
+MENDING: Final = (EndorseState,)
+"""What a key broker whose state was set back answers besides those."""
 
 
 def open_request(payload: bytes, party: Party, now: int) -> tuple[PersonRequest, Delegation]:
@@ -123,7 +125,7 @@ def open_request(payload: bytes, party: Party, now: int) -> tuple[PersonRequest,
 
 
 def use_once(tx: Transaction, request: PersonRequest, person: Delegation, now: int) -> None:
-    """Raises :class:`ConflictError` if this very request was made before: whoever carries it may repeat it."""
+    """Uses the request up. Raises :class:`ConflictError` if it was before: whoever carries it may repeat it."""
     tx.execute("DELETE FROM requests WHERE at < ?", (now - 2 * MAX_REQUEST_AGE_MS - 1,))
     seen = tx.execute("SELECT 1 FROM requests WHERE sender = ? AND id = ?", (person.signing_key, request.id)).fetchone()
     if seen is not None:

@@ -6,17 +6,29 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from casemate_attestation.certificates import VekKind
 from casemate_attestation.https import HttpsFetch
 from casemate_attestation.kds import KdsClient, KdsLimits, roots_of
 from casemate_attestation.products import Product
+from casemate_attestation.report import AttestationReport
 from casemate_messaging.logs import ProgramLog
 from casemate_schemas.attestation_policy import PROCESSOR_TYPES, AppraisalPolicy
-from casemate_schemas.errors import CasemateError, SetupError, ThrottledError
+from casemate_schemas.errors import CasemateError, MalformedError, SetupError, ThrottledError
 from casemate_schemas.evidence import Evidence
 
 from .settings import Settings
 
 _RETRY_S: Final = 60.0
+
+ListName = tuple[Product, VekKind]
+"""The ARK's list for the chains of one kind of key: ASK and ASVK are revoked by different ones."""
+
+
+def lists_for(policy: AppraisalPolicy) -> tuple[ListName, ...]:
+    """The lists that evidence under ``policy`` can need: none of a kind of key whose every holder it leaves out."""
+    is_open = not policy.chip_ids and not policy.csp_ids
+    wanted: dict[VekKind, bool] = {"vcek": is_open or bool(policy.chip_ids), "vlek": is_open or bool(policy.csp_ids)}
+    return tuple((accepted.product, kind) for accepted in policy.products for kind in wanted if wanted[kind])
 
 
 class RevocationLists:
@@ -43,38 +55,50 @@ class RevocationLists:
         return cls(kds, refresh_s=settings.crl_refresh_s)
 
     def for_evidence(self, evidence: Evidence) -> bytes | None:
-        """The list (DER) of the root that the evidence names. Asks nobody.
+        """The list (DER) of the root that the evidence names, for the kind of key that its report names. Asks nobody.
 
-        None where this key broker keeps no lists, and for a root that is not accepted, which verification refuses.
+        None where this key broker keeps no lists. Empty, which no verification passes, for a root that it keeps none for:
+        one that is not accepted, or (in simulation) that a newer manifest brought, until the program starts anew.
         Raises :class:`UnavailableError` where a list is kept but none is fresh and current: no keys without one.
         """
         if self._kds is None:
             return None
         for component in evidence.components:
             if component.type in PROCESSOR_TYPES and (product := self._kds.product_of(component.certificates[2])):
-                return self._kds.cached_crl(product)
-        return None
+                return self._kds.cached_crl(product, _kind_of(component.report))
+        return b""
 
-    async def keep_fresh(self, products: Callable[[], Iterable[Product]], log: ProgramLog) -> None:
-        """Fetches each product's list now and every ``crl_refresh_s``, until cancelled. Returns at once if offline."""
+    async def keep_fresh(self, needed: Callable[[], Iterable[ListName]], log: ProgramLog) -> None:
+        """Fetches each list now and every ``crl_refresh_s``, until cancelled. Returns at once if offline."""
         if self._kds is None or not self._kds.online:
             return
         clock = asyncio.get_running_loop().time
-        due: dict[Product, float] = {}
+        due: dict[ListName, float] = {}
         while True:
-            for product in products():
-                if due.get(product, 0.0) <= clock():
-                    due[product] = clock() + await self._refresh(self._kds, product, log)
+            due = {name: due.get(name, 0.0) for name in needed()}
+            for name, at in due.items():
+                if at <= clock():
+                    due[name] = clock() + await self._refresh(self._kds, name, log)
             await asyncio.sleep(min(_RETRY_S, max(0.0, min(due.values()) - clock())))
 
-    async def _refresh(self, kds: KdsClient, product: Product, log: ProgramLog) -> float:
+    async def _refresh(self, kds: KdsClient, name: ListName, log: ProgramLog) -> float:
         """Tries once. Seconds until the next try."""
+        product, kind = name
         try:
-            await asyncio.to_thread(kds.refresh_crl, product)
+            await asyncio.to_thread(kds.refresh_crl, product, kind)
         except ThrottledError as error:
             return error.retry_after_s
         except CasemateError as error:
-            log.warning("revocation_list_not_fetched", product=product, reason=error.reason, error=type(error).__name__)
+            what = type(error).__name__
+            log.warning("revocation_list_not_fetched", product=product, kind=kind, reason=error.reason, error=what)
             return _RETRY_S
-        log.info("revocation_list_fetched", product=product)
+        log.info("revocation_list_fetched", product=product, kind=kind)
         return self._refresh_s
+
+
+def _kind_of(report: bytes) -> VekKind:
+    """What the report says; verification refuses one that another kind of key signed."""
+    try:
+        return AttestationReport.parse(report).signing_key or "vcek"
+    except MalformedError:
+        return "vcek"

@@ -108,11 +108,13 @@ class SealedDatabase:
     def replace(self, snapshot: bytes) -> None:
         """Another state in the place of this one, which is gone. Raises as :meth:`transaction`."""
         with self._thread_lock, translated():
-            self._db.deserialize(snapshot)
-            self._db.execute("PRAGMA foreign_keys=ON")
-            self._db.execute("PRAGMA secure_delete=ON").fetchone()
-            self._clock.raise_to(get_meta(self._db, _TIME) or 0)
-            self._begin_file()
+            try:
+                self._take(snapshot)
+                self._clock.raise_to(get_meta(self._db, _TIME) or 0)
+                self._begin_file()
+            except BaseException:
+                self._broken = True  # the file is not this state's
+                raise
 
     def scrub(self) -> None:
         """Another file begins with what is left. An older one that the host kept opens for this image on this chip still."""
@@ -168,7 +170,8 @@ class SealedDatabase:
         with translated():
             if self._path.exists():
                 self._load()
-            self._db.execute("PRAGMA foreign_keys=ON")
+            else:
+                self._prepare()
             self._db.execute("BEGIN IMMEDIATE")
             prepare_schema(self._db)
             self._clock.raise_to(get_meta(self._db, _TIME) or 0)
@@ -177,10 +180,19 @@ class SealedDatabase:
 
     def _load(self) -> None:
         frames = _read_frames(self._path, self._state_key)
-        self._db.deserialize(next(frames))
+        self._take(next(frames))
         for record in frames:
             for sql, parameters in _decoded(record):
                 self._db.execute(sql, parameters).fetchall()
+
+    def _take(self, snapshot: bytes) -> None:
+        self._db.deserialize(snapshot)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a snapshot does not bring along. Deleted rows are overwritten, or the next snapshot would have them still."""
+        self._db.execute("PRAGMA foreign_keys=ON")
+        self._db.execute("PRAGMA secure_delete=ON").fetchone()
 
     def _begin_file(self) -> None:
         """Another file with a salt of its own that begins with all there is, in the place of the one so far."""
@@ -242,6 +254,10 @@ class _Journal:
             _put_in_place(descriptor, data, draft, path)
         except BaseException:
             os.close(descriptor)
+            with contextlib.suppress(
+                OSError
+            ):  # the room that it takes is the journal's; after the rename it is not there
+                draft.unlink(missing_ok=True)
             raise
         return cls(descriptor, sealer, len(data))
 

@@ -8,53 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from casemate_attestation.chain import ChainCache
 from casemate_schemas.admission import PrecheckAnswer, PrecheckRequest, Routing
 from casemate_schemas.codec import decode, digest_of, encode
-from casemate_schemas.custody import (
-    AmendLicence,
-    BackUpState,
-    EraseDataset,
-    LicenceAmended,
-    PrepareDataset,
-    RotateSeeds,
-    SeedsRotated,
-    ShowDataset,
-    StateBackedUp,
-)
 from casemate_schemas.errors import (
     ApprovalMissingError,
     AuthenticationError,
     CasemateError,
-    IntegrityError,
-    RolledBackError,
-    SetupError,
     UnavailableError,
 )
 from casemate_schemas.evidence import Evidence, WorkerClaims
 from casemate_schemas.grant import AuditEntry, CommitRequest, GrantRequest, NonceRequest
 from casemate_schemas.identity import Delegation
 from casemate_schemas.licence import VerifiedApproval, check_outcome
-from casemate_schemas.requests import (
-    ApprovalShown,
-    EndorseState,
-    GiveApproval,
-    ListApprovals,
-    ListDatasets,
-    PersonRequest,
-    PersonResponse,
-    RegisterDataset,
-    RenewBudget,
-    ShowApproval,
-    ShowBudget,
-    ShowState,
-    ShowWorkers,
-    TellTime,
-    TimeTold,
-)
 from casemate_schemas.sealing import ContentKey
-from casemate_schemas.signatures import Signed, sign
+from casemate_schemas.signatures import Signed
 from casemate_schemas.terms import Terms, VerifiedTerms
 
 from . import (
@@ -62,31 +32,26 @@ from . import (
     approvals,
     audit_log,
     commits,
-    custody,
     dataset_keys,
     key_release,
     known_terms,
     ledger,
-    licences,
     nonces,
     prechecks,
     requests,
     standings,
     worker_verdicts,
 )
-from .database import State, get_meta, set_meta
+from .database import State
 from .key_release import Decision
 from .ledger import Charge
 from .party import Party, full_name
+from .people import People
 from .prechecks import OwnedUse
 from .seed_shares import SeedSecrets
 
-_NO_DECISION = (IntegrityError, UnavailableError)
-"""Errors that say nothing about what was asked: they are never an answer, and never stored as one."""
-
-STANDINGS_A_GRANT = 2
-STANDINGS_A_BUDGET = 48
-"""How many charges' standings are computed, at most, while a worker waits for a Grant, or an owner for a budget."""
+STANDINGS_A_GRANT: Final = 2
+"""How many charges' standings are computed, at most, while a worker waits for a Grant."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +75,11 @@ class Case:
 
 
 class KeyBroker:
-    """One key broker. Its five operations take and return wire bytes; they raise errors of the tree."""
+    """One key broker. Its five operations take and return wire bytes; they raise errors of the tree.
+
+    While its state is known to be set back, :class:`RolledBackError` is all that workers hear: what such a state lacks is
+    no reason to refuse a job for good.
+    """
 
     def __init__(
         self,
@@ -135,9 +104,8 @@ class KeyBroker:
         self._clock = clock
         self._limits = limits or Limits()
         self._crl = crl
-        self._hear_time = hear_time
-        self._back_up_to = back_up
         self._chains = ChainCache()
+        self._people = People(party, database, seeds, clock=clock, hear_time=hear_time, back_up=back_up)
         with database.transaction() as tx:
             self._nonce_key = nonces.load_key(tx)
 
@@ -161,7 +129,7 @@ class KeyBroker:
         refusal: CasemateError | None = None
         try:
             terms, missing = self._judge(request, routing, submitter, now)  # 3
-        except _NO_DECISION:
+        except audit_log.NO_DECISION:
             raise
         except CasemateError as error:
             refusal = error
@@ -272,6 +240,7 @@ class KeyBroker:
         now = self._clock()
         request = decode(NonceRequest, payload)
         with self._database.transaction() as tx:
+            anchor.check_current(tx)
             known = known_terms.find(tx, request.terms, request.job_id)
             if ledger.find_reservation(tx, request.terms) is None:
                 prechecks.check_deadline(known.signed.peek(Terms), now)
@@ -298,7 +267,9 @@ class KeyBroker:
         claims = evidence.claims
         signed.verify(GrantRequest, claims.signing_key)  # 1
         with self._database.transaction() as tx:
-            nonces.consume(tx, self._nonce_key, claims, key_broker=self._party.id, now=now)  # 2
+            anchor.check_current(tx)
+            ttl_ms = self._limits.nonce_ttl_ms
+            nonces.consume(tx, self._nonce_key, claims, key_broker=self._party.id, now=now, ttl_ms=ttl_ms)  # 2
         try:
             key_release.check_claims(claims, self._party)  # 3
             measurement = self._appraise(evidence, now)  # 4, 5
@@ -402,6 +373,7 @@ class KeyBroker:
         signed = decode(Signed, payload)
         request = signed.verify(CommitRequest, signed.signer)
         with self._database.transaction() as tx:  # 1
+            anchor.check_current(tx)
             known = known_terms.find(tx, request.terms, request.job_id)
             if not known_terms.holds_grant(tx, request.terms, request.attempt, signed.signer):
                 raise AuthenticationError("this key holds no Grant for these terms and this attempt")
@@ -417,163 +389,8 @@ class KeyBroker:
     # --- message ------------------------------------------------------------------------------------------------------
 
     def message(self, payload: bytes) -> bytes:
-        """A ``response`` envelope to a person's ``request`` envelope. Refusals are told to that person alone."""
-        now = self._clock()
-        request, person = requests.open_request(payload, self._party, now)
-        try:
-            self._check_request(request)
-            body = requests.check_size(self._answer_person(request, person, now))
-        except RolledBackError as error:
-            body = requests.refusal_of(error)
-        except _NO_DECISION:
-            raise
-        except CasemateError as error:
-            body = requests.refusal_of(error)
-        response = PersonResponse(id=request.id, head=self._signed_head(now), body=body)
-        return requests.seal_response(self._party, person, response, now)
-
-    def _check_request(self, request: PersonRequest) -> None:
-        """Notes the head that the person has seen. Raises :class:`RolledBackError` for what would change a stale state."""
-        with self._database.transaction() as tx:
-            if request.seen is not None:
-                anchor.observe(tx, self._party, request.seen)
-            if not isinstance(request.body, requests.READING):
-                anchor.check_current(tx)
-
-    def _answer_person(self, request: PersonRequest, person: Delegation, now: int) -> requests.Answer:
-        match request.body:
-            case ListDatasets():
-                with self._database.transaction() as tx:
-                    return requests.list_datasets(tx, self._party, person, now)
-            case ShowBudget():
-                with self._database.transaction() as tx:
-                    lineage = requests.lineage_of(tx, self._party, person, request.body.dataset)
-                standings.catch_up(self._database, lineage, STANDINGS_A_BUDGET)
-                with self._database.transaction() as tx:
-                    return requests.show_budget(tx, self._party, person, request.body, now)
-            case RenewBudget():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                    return licences.renew_budget(tx, self._party, person, request.body, now)
-            case ListApprovals():
-                with self._database.transaction() as tx:
-                    return approvals.find_all(tx, self._party, person, now)
-            case ShowApproval():
-                return self._show_approval(request.body.terms, person, now)
-            case GiveApproval():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                    job = approvals.find(tx, request.body.terms, self._party, person)
-                    approvals.give(tx, request.body, job, self._party, person, request.delegation, now)
-                return self._show_approval(request.body.terms, person, now)
-            case ShowState():
-                anchor.check_officer(self._party, person)
-                with self._database.transaction() as tx:
-                    return anchor.show(tx, self._party, now)
-            case EndorseState():
-                anchor.check_officer(self._party, person)
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                    return anchor.endorse(tx, self._party, person, request.body.ahead, now)
-            case TellTime():
-                return self._take_time(request, person)
-            case ShowWorkers():
-                with self._database.transaction() as tx:
-                    return requests.show_workers(tx, self._party, person)
-            case RegisterDataset():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                return self._register(request.body, person, now)
-            case ShowDataset():
-                with self._database.transaction() as tx:
-                    return custody.show(tx, self._party, person, request.body)
-            case PrepareDataset():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                    return custody.prepare(tx, self._party, person, request.body, now)
-            case AmendLicence():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                return self._amend(request.body, person, now)
-            case EraseDataset():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                    erased = custody.erase(tx, self._party, person, request.body, now)
-                self._database.scrub()
-                return erased
-            case RotateSeeds():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                return self._rotate_seeds(person, now)
-            case BackUpState():
-                with self._database.transaction() as tx:
-                    requests.use_once(tx, request, person, now)
-                return self._back_up(person, now)
-
-    def _show_approval(self, terms: bytes, person: Delegation, now: int) -> ApprovalShown:
-        with self._database.transaction() as tx:
-            job = approvals.find(tx, terms, self._party, person)
-        charges = prechecks.price(job.uses, job.terms.terms.plan)
-        with self._database.transaction() as tx:
-            return approvals.show(tx, job, charges, self._party, now)
-
-    def _take_time(self, request: PersonRequest, person: Delegation) -> TimeTold:
-        anchor.check_officer(self._party, person)
-        self._hear_time(request.created)
-        with self._database.transaction() as tx:
-            set_meta(tx, "time-told", max(request.created, get_meta(tx, "time-told") or 0))
-        return TimeTold(at=self._clock())
-
-    def _register(self, registration: RegisterDataset, person: Delegation, now: int) -> requests.Answer:
-        try:
-            with self._database.transaction() as tx:
-                licence = licences.check_registration(tx, self._party, registration, person, now)
-            with self._database.transaction() as tx:
-                registered = licences.register(tx, registration, licence, person, now)
-                entry = AuditEntry(
-                    key_broker=self._party.id,
-                    event="registered",
-                    at=now,
-                    subject=registration.card.id,
-                    person=full_name(person),
-                    envelope=registered.envelope,
-                    licence=registered.licence,
-                )
-                audit_log.append(tx, entry)
-                return registered
-        except CasemateError as refusal:
-            self._record_refusal(refusal, registration.card.id, now, person=full_name(person))
-            raise
-
-    def _amend(self, request: AmendLicence, person: Delegation, now: int) -> LicenceAmended:
-        licence = licences.check_licence(request.licence, person, now)
-        try:
-            licences.check_steward(self._party, person, licence.dataset.partition("@")[2])
-            with self._database.transaction() as tx:
-                return custody.amend(tx, self._party, person, request, licence, now)
-        except CasemateError as refusal:
-            self._record_refusal(refusal, licence.dataset, now, person=full_name(person))
-            raise
-
-    def _rotate_seeds(self, person: Delegation, now: int) -> SeedsRotated:
-        """The new secret is on the disk before anything is reserved under it; it is used even if its entry is lost."""
-        anchor.check_officer(self._party, person)
-        epoch = self._seeds.rotate()
-        self._record(person, now, event="seeds_rotated", subject=f"epoch {epoch}")
-        return SeedsRotated(epoch=epoch)
-
-    def _back_up(self, person: Delegation, now: int) -> StateBackedUp:
-        anchor.check_officer(self._party, person)
-        if self._back_up_to is None:
-            raise SetupError("this key broker has no backup_dir: set one, or copy what docs/key-broker.md names")
-        name, size = self._back_up_to(now)
-        self._record(person, now, event="backed_up", subject=name)
-        return StateBackedUp(name=name, audit_size=size)
-
-    def _record(self, person: Delegation, now: int, **fields: str) -> None:
-        about = {"key_broker": self._party.id, "at": now, "person": full_name(person)} | fields
-        with self._database.transaction() as tx:
-            audit_log.append(tx, AuditEntry.model_validate(about))
+        """A ``response`` envelope to a person's ``request`` envelope: :meth:`.people.People.message`."""
+        return self._people.message(payload)
 
     # --- anchor -------------------------------------------------------------------------------------------------------
 
@@ -595,34 +412,6 @@ class KeyBroker:
         with self._database.transaction() as tx:
             anchor.observe(tx, self._party, signed)
 
-    def _signed_head(self, now: int) -> Signed:
-        with self._database.transaction() as tx:
-            return sign(anchor.head(tx, self._party, now), self._party.keys.signing)
-
-    def _record_refusal(
-        self,
-        refusal: CasemateError,
-        subject: str,
-        now: int,
-        *,
-        terms: bytes | None = None,
-        evidence: bytes | None = None,
-        result: bytes | None = None,
-        person: str | None = None,
-    ) -> None:
-        """Into the audit log, unless the error decided nothing."""
-        if isinstance(refusal, _NO_DECISION):
-            return
-        entry = AuditEntry(
-            key_broker=self._party.id,
-            event="refused",
-            at=now,
-            subject=subject,
-            terms=terms,
-            evidence=evidence,
-            result=result,
-            reason=refusal.reason,
-            person=person,
-        )
-        with self._database.transaction() as tx:
-            audit_log.append(tx, entry)
+    def _record_refusal(self, refusal: CasemateError, subject: str, now: int, **about: bytes) -> None:
+        fields = {"key_broker": self._party.id, "at": now, "subject": subject} | about
+        audit_log.record_refusal(self._database, refusal, **fields)

@@ -1,7 +1,8 @@
 """The newest verdict on each worker that showed evidence, for the people whose policy it is.
 
-A worker is known by the REPORT_ID of its guest, which the chip draws at launch. What a report says that is not genuine is
-anyone's word: such verdicts are kept apart, and can push out no genuine one.
+A worker is known by the REPORT_ID of its guest, which the chip draws at launch. What a report says that is not genuine, or
+that covers other claims than it came with (so that anyone may have copied it), is anyone's word: such verdicts are kept
+apart, and can push out no genuine one.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from .database import Transaction
 MAX_KEPT: Final = {True: 128, False: 32}
 """Verdicts kept on genuine evidence, and on other."""
 _MAX_CHARS: Final = 200
+_BINDING: Final = frozenset({"report_data", "quote_nonce"})
+"""The checks that evidence covers the claims that it came with."""
 
 
 def describe(evidence: Evidence, verdict: Verdict, *, manifest_number: int, now: int) -> WorkerVerdict:
     """What became of a worker's evidence under the manifest of that number, and what its report says of it."""
     report = _report(evidence)
     product = None if report is None else product_of_cpuid(report.cpuid_family, report.cpuid_model)
-    verified = [check.ok for check in verdict.checks if check.stage == "verify"]
+    judged = [check.ok for check in verdict.checks if check.stage == "verify" or _bare_name(check) in _BINDING]
     failed = [check for check in verdict.checks if not check.ok]
     return WorkerVerdict(
         worker=digest_of(evidence) if report is None else report.report_id,
-        genuine=bool(verified) and all(verified),
+        genuine=bool(judged) and all(judged),
         accepted=verdict.ok,
         failed=tuple(map(_failed, failed[:MAX_FAILED_CHECKS])),
         product=product,
@@ -86,6 +89,11 @@ def _report(evidence: Evidence) -> AttestationReport | None:
         return AttestationReport.parse(component.report)
     except MalformedError:
         return None
+
+
+def _bare_name(check: Check) -> str:
+    """The check's name without its component's."""
+    return check.name.rpartition("/")[2]
 
 
 def _failed(check: Check) -> FailedCheck:

@@ -46,10 +46,10 @@ async def read_batch(client: Client, stream: str, subject: str, *, start: int, l
     """
     request = json.dumps({"seq": max(1, start), "next_by_subj": subject, "batch": limit}).encode()
     with translated(f"reading from {stream}"):
-        return await repeated(lambda: _read_batch(client, stream, request))
+        return await repeated(lambda: _read_batch(client, stream, request, limit))
 
 
-async def _read_batch(client: Client, stream: str, request: bytes) -> list[Stored]:
+async def _read_batch(client: Client, stream: str, request: bytes, limit: int) -> list[Stored]:
     inbox = client.new_inbox()
     subscription = await client.subscribe(inbox)
     try:
@@ -62,6 +62,8 @@ async def _read_batch(client: Client, stream: str, request: bytes) -> list[Store
                 return found
             if status is not None:
                 raise _refusal(status, stream)
+            if len(found) == limit:
+                raise UnavailableError(f"{stream} sent more than the {limit} messages asked for")
             found.append(_stored(message, stream))
     finally:
         await subscription.unsubscribe()

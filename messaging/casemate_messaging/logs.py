@@ -36,6 +36,7 @@ class LogFields(TypedDict, total=False):
     version: str
     number: int
     product: str
+    kind: str
     simulation: bool
     hosted: bool
 

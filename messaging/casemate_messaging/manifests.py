@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, Self
 
 from casemate_schemas import subjects
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import (
+    MAX_CHAIN_BYTES,
+    MAX_MANIFESTS,
     Consortium,
     ManifestChain,
     SignedManifest,
@@ -37,7 +39,7 @@ from nats.aio.client import Client
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 from .direct import read_last
 from .logs import ProgramLog
-from .settings import MAX_CHAIN_BYTES, ProgramSettings, read_file
+from .settings import ProgramSettings, read_file
 
 FILE_NAME: Final = "manifests"
 
@@ -144,7 +146,9 @@ class TrustedManifests:
                 return False
             following = verify_next(self.current, signed)
             manifests = (*self._manifests, signed)
-            encoded = encode(ManifestChain(manifests=manifests))
+            encoded = encode(ManifestChain(manifests=manifests)) if number <= MAX_MANIFESTS else b""
+            if not 0 < len(encoded) <= MAX_CHAIN_BYTES:
+                raise ManifestError(f"expected at most {MAX_MANIFESTS} manifests of {MAX_CHAIN_BYTES} bytes together")
             if self._kept_in is not None:
                 _write(self._kept_in, encoded)
             self.before_use(following)
@@ -171,7 +175,7 @@ class ManifestFollower:
         self._settings = settings
         self._log = log
         self._file_seen = _stamp(settings.manifest_file)
-        self._said: str | None = None
+        self._said: set[str] = set()
 
     async def run(self) -> None:
         """Catches up every ``manifest_poll_s``, for ever. Raises as :meth:`catch_up`."""
@@ -182,18 +186,15 @@ class ManifestFollower:
     async def catch_up(self) -> bool:
         """Accepts every newer manifest that is to be had; whether there was one.
 
-        What is refused or cannot be read is logged, and tried again the next time. Raises :class:`SetupError` or
+        What is refused or cannot be read is logged. NATS is asked again the next time, whatever the file held; a file is
+        read again once it was replaced, or once there is room for what it holds. Raises :class:`SetupError` or
         :class:`IntegrityError` if the program cannot go on with a manifest that the quorum signed.
         """
         before = self._manifests.current.manifest.number
-        try:
-            await self._from_file()
-            await self._from_nats()
-            self._said = None
-        except (SetupError, IntegrityError):
-            raise
-        except CasemateError as error:
+        refused = [error for source in (self._from_file, self._from_nats) if (error := await _tried(source))]
+        for error in refused:
             self._say(error)
+        self._said = {error.reason for error in refused}
         number = self._manifests.current.manifest.number
         if number > before:
             self._log.info("manifest", number=number)
@@ -218,15 +219,28 @@ class ManifestFollower:
             chain = await asyncio.to_thread(self._settings.manifest_chain)
         except SetupError as error:
             raise UnavailableError("the manifest file cannot be read") from error
-        await asyncio.to_thread(self._manifests.offer_chain, chain)
+        try:
+            await asyncio.to_thread(self._manifests.offer_chain, chain)
+        except StorageFullError:
+            self._file_seen = None
+            raise
 
     def _say(self, error: CasemateError) -> None:
         """Once for each reason in a row: NATS may be away, or offer the same rubbish, for long."""
-        if error.reason == self._said:
+        if error.reason in self._said:
             return
-        self._said = error.reason
         say = self._log.warning if isinstance(error, UnavailableError) else self._log.error
         say("manifest_refused", number=self._manifests.current.manifest.number + 1, reason=error.reason)
+
+
+async def _tried(source: Callable[[], Awaitable[None]]) -> CasemateError | None:
+    try:
+        await source()
+    except (SetupError, IntegrityError):
+        raise
+    except CasemateError as error:
+        return error
+    return None
 
 
 def _read(path: Path) -> ManifestChain:

@@ -16,7 +16,7 @@ from typing import Final
 
 from casemate_schemas import subjects
 from casemate_schemas.codec import decode, encode
-from casemate_schemas.consortium import Consortium, verify_revocation
+from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, Consortium, verify_revocation
 from casemate_schemas.errors import AuthenticationError, CasemateError, IntegrityError, SetupError, TooLargeError
 from casemate_schemas.identity import Revocation
 from casemate_schemas.signatures import Signed
@@ -34,7 +34,7 @@ MAX_PEOPLE: Final = 4096
 _BATCH: Final = 64
 _MAX_BATCHES: Final = 256
 _FROM_THE_START: Final = 30
-"""Every so many polls all is read again: the store may have been set up anew, or a manifest names a newer key."""
+"""After so many polls all is read again: the store may have been set up anew, or a manifest names a newer key."""
 
 
 class RevocationStore:
@@ -77,7 +77,7 @@ class TrustedRevocations:
         self._revoked: dict[tuple[str, str], int] = {}
         try:
             for signed in known:
-                self._add(self._verified(signed))
+                self._add(self._verified(signed, was_accepted=True))
         except CasemateError as error:
             raise IntegrityError("the revocations kept here do not verify") from error
         self.after_news = after_news
@@ -89,7 +89,7 @@ class TrustedRevocations:
     def offer(self, signed: Signed) -> bool:
         """Accepts a revocation; whether it was news.
 
-        A key counts that some manifest lists for the member: a revocation outlives its member's key. Raises
+        A revocation outlives its member's key; a key that was replaced revokes nothing that begins later. Raises
         :class:`AuthenticationError`, :class:`MalformedError`, :class:`TooLargeError`, and what ``keep`` raises.
         """
         revocation = self._verified(signed)
@@ -109,12 +109,22 @@ class TrustedRevocations:
         """A new mapping, since consortiums hold the old one."""
         self._revoked = {**self._revoked, (revocation.member, revocation.person): revocation.before}
 
-    def _verified(self, signed: Signed) -> Revocation:
-        *earlier, newest = self._versions()
-        for consortium in reversed(earlier):
-            with contextlib.suppress(AuthenticationError):
-                return verify_revocation(signed, consortium)
-        return verify_revocation(signed, newest)
+    def _verified(self, signed: Signed, *, was_accepted: bool = False) -> Revocation:
+        """By the member's key now, or by one that it had: which speaks of nothing after the manifest that replaced it.
+
+        What ``was_accepted`` while its key was in force stands, whenever the key was replaced.
+        """
+        *earlier, following = self._versions()
+        try:
+            return verify_revocation(signed, following)
+        except AuthenticationError:
+            for consortium in reversed(earlier):
+                ended = following.manifest.created + MAX_CLOCK_SKEW_MS
+                following = consortium
+                with contextlib.suppress(AuthenticationError):
+                    if (revocation := verify_revocation(signed, consortium)).before <= ended or was_accepted:
+                        return revocation
+            raise
 
 
 class RevocationFollower:
@@ -129,6 +139,7 @@ class RevocationFollower:
         self._log = log
         self._polls = 0
         self._next = 1
+        self._reached_the_end = False
         self._said: str | None = None
 
     async def run(self) -> None:
@@ -142,9 +153,9 @@ class RevocationFollower:
 
         Raises :class:`SetupError` or :class:`IntegrityError` if the program cannot go on.
         """
-        if self._polls % _FROM_THE_START == 0:
-            self._next = 1
         self._polls += 1
+        if self._polls > _FROM_THE_START and self._reached_the_end:  # or whatever is far behind would never be read
+            self._polls, self._next, self._reached_the_end = 1, 1, False
         try:
             for _ in range(_MAX_BATCHES):
                 batch = await self._store.read(self._next)
@@ -152,6 +163,7 @@ class RevocationFollower:
                     await self._take(stored.data)
                     self._next = stored.sequence + 1
                 if len(batch) < _BATCH:
+                    self._reached_the_end = True
                     break
             self._said = None
         except (SetupError, IntegrityError):

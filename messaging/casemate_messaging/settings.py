@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Final, Self
 
 from casemate_schemas.codec import decode
-from casemate_schemas.consortium import ManifestChain
+from casemate_schemas.consortium import MAX_CHAIN_BYTES, ManifestChain
 from casemate_schemas.errors import SetupError
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MAX_SETTINGS_BYTES: Final = 64 << 10
-MAX_CHAIN_BYTES: Final = 64 << 20
 
 
 class ProgramSettings(BaseSettings):

@@ -221,7 +221,14 @@ class AttestationPolicy(AppraisalPolicy):
 
     @model_validator(mode="after")
     def _virtual_tpms_have_reference_values(self) -> Self:
-        """The launch measurement covers the paravisor alone: what it started is known by the registers only."""
-        if any("sev-snp-vtpm" in types for types in self.evidence_types) and not self.vtpm.pcrs:
+        """The launch measurement covers the paravisor alone: what it started is known by the registers only.
+
+        The paravisor is at VMPL 0. What runs above it shares its measurement, and must not speak for it: neither by a
+        report over a key of its own, nor by a plain one where that is accepted, too.
+        """
+        takes_quotes = any("sev-snp-vtpm" in types for types in self.evidence_types)
+        if takes_quotes and not self.vtpm.pcrs:
             raise ValueError("evidence by a virtual TPM needs reference values for its registers")
+        if takes_quotes and self.vmpl != (0,):
+            raise ValueError("where evidence by a virtual TPM is accepted, reports must be of VMPL 0, the paravisor's")
         return self

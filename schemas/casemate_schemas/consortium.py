@@ -21,6 +21,9 @@ from .keys import PublicSigningKey, SealingPublicKey
 from .signatures import Signature, Signed, SigningKey, sign
 
 MAX_MANIFEST_BYTES: Final = 256 << 10
+MAX_MANIFESTS: Final = 1024
+MAX_CHAIN_BYTES: Final = 64 << 20
+"""Of an encoded chain: whoever reads or keeps one takes as much, and nobody more."""
 MAX_CLOCK_SKEW_MS: Final = 5 * 60 * 1000
 
 
@@ -152,7 +155,7 @@ class ManifestChain(WireModel):
 
     KIND: ClassVar[str] = "manifest-chain"
 
-    manifests: Annotated[tuple[SignedManifest, ...], Field(min_length=1, max_length=1024)]
+    manifests: Annotated[tuple[SignedManifest, ...], Field(min_length=1, max_length=MAX_MANIFESTS)]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ MAX_REQUEST_BYTES: Final = 512 << 10
 MAX_REQUEST_AGE_MS: Final = 5 * 60 * 1000
 MAX_FAILED_CHECKS: Final = 12
 MAX_UNNAMED: Final = 16
+MAX_RENEWALS: Final = 256
+"""Of one dataset's budget."""
 
 RequestId = Annotated[bytes, Field(min_length=16, max_length=16)]
 
@@ -92,7 +94,8 @@ class ShowState(WireModel):
 class EndorseState(WireModel):
     """Go on from the state that there is, though a newer one was seen: what that one knew is forgotten.
 
-    For stewards and admins of the members served. ``ahead`` is the digest of the newer head, as :class:`StateShown` told it.
+    For stewards and admins; it takes one of each member served. ``ahead`` is the digest of the newer head, as
+    :class:`StateShown` told it.
     """
 
     op: Literal["endorse_state"] = "endorse_state"
@@ -272,7 +275,7 @@ class Budget(WireModel):
     epsilon_spent: Annotated[float, Field(ge=0)]
     epsilon_remaining: Annotated[float, Field(ge=0)]
     epsilon_estimate: Annotated[float, Field(ge=0)] | None
-    renewals: Annotated[tuple[BudgetRenewal, ...], Field(max_length=256)]
+    renewals: Annotated[tuple[BudgetRenewal, ...], Field(max_length=MAX_RENEWALS)]
     n_charges: Annotated[int, Field(ge=0)]
     """Of all periods; ``lines`` are the newest of them, oldest first."""
     lines: Annotated[tuple[LedgerLine, ...], Field(max_length=4096)]
@@ -287,11 +290,15 @@ class BudgetRenewed(WireModel):
 
 
 class StateShown(WireModel):
-    """Answer to :class:`ShowState` and :class:`EndorseState`: where the state stands, and the newer head seen, if any."""
+    """Answer to :class:`ShowState` and :class:`EndorseState`: where the state stands, and the newer head seen, if any.
+
+    ``awaited``: the members served that have not endorsed the state instead of that head.
+    """
 
     answer: Literal["state"] = "state"
     head: LedgerHead
     ahead: Signed | None
+    awaited: Annotated[tuple[Name, ...], Field(max_length=256)] = ()
 
 
 class TimeTold(WireModel):

@@ -35,7 +35,6 @@ from yarl import URL
 
 from .identity import Identity
 
-MAX_CHAIN_BYTES: Final = 8 << 20
 MAX_JSON_BYTES: Final = 4 << 20
 MAX_LIST_BYTES: Final = 64 << 20
 ATTEMPTS: Final = 5

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 from casemate_schemas import api
 from casemate_schemas.codec import WireModel, decode, encode
-from casemate_schemas.consortium import Consortium, KeyBroker, ManifestChain, verify_versions
+from casemate_schemas.consortium import MAX_CHAIN_BYTES, Consortium, KeyBroker, ManifestChain, verify_versions
 from casemate_schemas.custody import (
     AmendLicence,
     BackUpState,
@@ -38,7 +38,7 @@ from casemate_schemas.requests import (
 from casemate_schemas.sealing import open_envelope, seal_envelope
 
 from . import hosting
-from ._http import ATTEMPTS, MAX_CHAIN_BYTES, BytesBody, Gateway, printable
+from ._http import ATTEMPTS, BytesBody, Gateway, printable
 from .identity import Identity
 from .state import State
 

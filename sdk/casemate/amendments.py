@@ -137,8 +137,15 @@ def _leaves(path: str, value: Any) -> Iterator[str]:
         for number, item in enumerate(value):
             name = item.get("id", item.get("product", number))
             yield from _leaves(f"{path}[{name}]", item)
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple) and not any(isinstance(item, int) for item in value):
         for item in value:
-            yield from _leaves(path, item)
+            yield f"{path}: {_text(item)}"
     else:
-        yield f"{path}: {value.hex() if isinstance(value, bytes) else value}"
+        yield f"{path}: {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """One value. A version's numbers, or types of evidence that come together, say nothing one by one."""
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from casemate_schemas.codec import decode, encode
-from casemate_schemas.consortium import ManifestChain
+from casemate_schemas.consortium import MAX_CHAIN_BYTES, ManifestChain
 from casemate_schemas.errors import MissingExtraError, SetupError
 from casemate_schemas.grant import Grant
 from casemate_schemas.model import MAX_NODES
@@ -19,7 +19,7 @@ from casemate_schemas.result import PrivacyStatement, Release, ResultManifest
 from casemate_schemas.signatures import Signed
 from casemate_schemas.terms import Terms
 
-from ._http import MAX_CHAIN_BYTES, printable
+from ._http import printable
 from .datasets import SIMULATED
 from .identity import Identity
 from .verification import MAX_RESULT_BYTES, Bundle, Expected, Verification, VerifiedResult, verify_result

@@ -194,7 +194,7 @@ class RecordingProxy:
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, kept: bytearray) -> None:
-    with contextlib.suppress(ConnectionError):
+    with contextlib.suppress(OSError):  # the other end may be gone by the time it is told of the end
         while piece := await reader.read(64 << 10):
             kept += piece
             writer.write(piece)

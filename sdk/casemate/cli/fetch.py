@@ -16,7 +16,7 @@ from casemate_attestation.kds import (
     roots_of,
 )
 from casemate_attestation.policy_file import read_bounded
-from casemate_attestation.report import REPORT_BYTES
+from casemate_attestation.report import REPORT_BYTES, AttestationReport
 from casemate_schemas.consortium import verify_chain
 from casemate_schemas.errors import SetupError
 
@@ -40,13 +40,14 @@ def fetch(report: Path, out: Path, url: str, manifest: Path | None, interval_s: 
     roots = _roots(manifest)
     client = KdsClient(out, roots, fetch=HttpsFetch(), base_url=url, limits=KdsLimits(interval_s=interval_s))
     click.echo("Asking the key distribution service; it takes a request every ten seconds.", err=True)
-    certificates = client.certificates(read_bounded(report, REPORT_BYTES))
-    if (product := client.product_of(certificates[2])) is None:
+    content = read_bounded(report, REPORT_BYTES)
+    certificates, kind = client.certificates(content), AttestationReport.parse(content).signing_key
+    if kind is None or (product := client.product_of(certificates[2])) is None:
         raise SetupError("the certificates lead to no accepted root")
     if with_crl:
-        client.refresh_crl(product)
+        client.refresh_crl(product, kind)
     vek = next(path for path in sorted(out.glob("v[cl]ek_*.der")) if path.read_bytes() == certificates[0])
-    crl = f" --crl {out / crl_file(product)}" if with_crl else ""
+    crl = f" --crl {out / crl_file(product, kind)}" if with_crl else ""
     click.echo(f"{out} holds what {report} needs. To verify it:")
     click.echo(f"casemate attestation verify {report} --vek {vek} --roots {out}{crl}")
 

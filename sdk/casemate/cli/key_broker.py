@@ -110,6 +110,7 @@ def _described(shown: StateShown) -> str:
     lines = [f"{shown.head.key_broker}: {_place(shown.head)}"]
     if shown.ahead is not None:
         lines.append(f"SET BACK: {_place(shown.ahead.peek(LedgerHead))} was seen. It gives no keys.")
+        lines.append(f"To go on from this state, it has to be endorsed by {', '.join(shown.awaited)}.")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Final, cast
 import click
 from casemate_attestation.policy_file import read_bounded
 from casemate_schemas.codec import MAX_MESSAGE_BYTES, decode, encode
-from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, verify_chain
+from casemate_schemas.consortium import MAX_CHAIN_BYTES, ConsortiumManifest, ManifestChain, verify_chain
 from casemate_schemas.errors import SetupError
 from casemate_schemas.reference_value import Launch, ReferenceValue, Vmm, verify_reference_value
 from casemate_schemas.signatures import Signed, sign
@@ -19,7 +19,6 @@ from casemate.measure import Image, measure_image, measure_simulated
 from casemate.parameters import parameter_errors
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-_MAX_CHAIN_BYTES: Final = 64 << 20
 _SIMULATED: Final = "SIMULATED: the measurement of this Python's worker sources; it says nothing about hardware."
 
 
@@ -121,7 +120,7 @@ def _manifest(file: Path, consortium: str | None) -> ConsortiumManifest:
 
 def read_chain(file: Path) -> ManifestChain:
     """The manifest chain in a file, not verified. Raises :class:`~casemate_schemas.errors.MalformedError`."""
-    return decode(ManifestChain, read_bounded(file, _MAX_CHAIN_BYTES), max_bytes=_MAX_CHAIN_BYTES)
+    return decode(ManifestChain, read_bounded(file, MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
 
 
 def _read(file: Path) -> Signed:

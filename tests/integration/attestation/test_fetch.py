@@ -34,6 +34,6 @@ def test_fetch_then_verify_as_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
 
     roots = roots_of(bench.consortium.manifest.attestation)
     assert KdsClient(out, roots).certificates(component.report) == component.certificates
-    assert KdsClient(out, roots).cached_crl("Milan") == (out / "crl_milan.der").read_bytes()
+    assert KdsClient(out, roots).cached_crl("Milan", "vcek") == (out / "crl_milan.der").read_bytes()
     with pytest.raises(SetupError):
         KdsClient(tmp_path / "empty", roots).certificates(component.report)

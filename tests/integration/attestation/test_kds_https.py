@@ -51,7 +51,7 @@ def test_certificates_and_list_of_each_product(
     )
     chip = next(chip for _, chip in kds.chips if chip.facts.product == product)
     report = chip.launch(bytes(48)).attest(bytes(64)).report
-    certificates, crl = client.certificates(report), client.refresh_crl(product)
+    certificates, crl = client.certificates(report), client.refresh_crl(product, "vcek")
     accepted = AcceptedProduct(product=product, ark_sha256=tuple(kds.roots[product]))
     policy = AppraisalPolicy(simulation=True, products=(accepted,))
     verdict = verify(report, certificates, policy, datetime.now(UTC), crl)

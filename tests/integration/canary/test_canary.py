@@ -29,10 +29,11 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_schemas import subjects
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.result import Release
-from casemate_schemas.sealing import unseal_content_key, unseal_key
+from casemate_schemas.sealing import SealingKey, unseal_content_key, unseal_key
 from casemate_worker.key_schedule import resume_key
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from support.canaries import Canary, Place, RecordingProxy, files, leaks, processes
+from support.dataset_keys import dataset_keys
 from support.road import SCIENTIST, Road, ended, licence, running_road
 from torch import nn
 
@@ -206,6 +207,8 @@ def _key_canaries(road: Road) -> Iterator[Canary]:
         home = layout.member(member)
         for path in home.glob("*.key"):
             yield from _ring_canaries(f"{path.stem} of {member}", load_keys(path), path.read_text(), home)
+        for number, key in enumerate(dataset_keys(home / "key-broker").values()):
+            yield from _sealing_canaries(f"dataset version {number} of {member}", key, home)
         yield Canary(f"seed secret of {member}", (home / "key-broker" / "seed-secret-1").read_bytes(), (home,))
         yield Canary(f"NATS key of {member}", (home / "nats.seed").read_bytes().strip(), (home,))
     for program in ("gateway", *facts.workers):
@@ -217,14 +220,18 @@ def _key_canaries(road: Road) -> Iterator[Canary]:
 
 
 def _ring_canaries(name: str, ring: KeyRing, text: str, home: Path) -> Iterator[Canary]:
-    sealing = ring.sealing.to_bytes()
     yield Canary(f"signing key: {name}", ring.signing.to_bytes(), (home,))
-    yield Canary(f"ML-KEM seed: {name}", sealing[:64], (home,))
-    yield Canary(f"ML-KEM seed, half: {name}", sealing[:32], (home,))
-    yield Canary(f"X25519 key: {name}", sealing[64:], (home,))
+    yield from _sealing_canaries(name, ring.sealing, home)
     secret_lines = [line for line in text.splitlines()[-4:-1] if len(line) == 64]  # the delegation stands before them
     for line in secret_lines:
         yield Canary(f"key file line: {name}", line.encode(), (home,))
+
+
+def _sealing_canaries(name: str, key: SealingKey, home: Path) -> Iterator[Canary]:
+    sealing = key.to_bytes()
+    yield Canary(f"ML-KEM seed: {name}", sealing[:64], (home,))
+    yield Canary(f"ML-KEM seed, half: {name}", sealing[:32], (home,))
+    yield Canary(f"X25519 key: {name}", sealing[64:], (home,))
 
 
 async def _content_key_canaries(road: Road, result: cm.Result) -> list[Canary]:
@@ -235,7 +242,8 @@ async def _content_key_canaries(road: Road, result: cm.Result) -> list[Canary]:
         store = EnvelopeStore(client, BlobStore(client))
         for use in result.terms.plan.datasets:
             head = (await store.head(use.envelope)).head
-            key = unseal_content_key(head, load_keys(layout.member(use.owner) / "key-broker.key").sealing)
+            version_key = dataset_keys(layout.member(use.owner) / "key-broker")[use.envelope]
+            key = unseal_content_key(head, version_key)
             found.append(Canary(f"content key of {use.dataset}", key.to_bytes(), ()))
         release = result.bundle.release.peek(Release)
         head = (await store.head(release.result)).head

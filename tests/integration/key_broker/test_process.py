@@ -15,7 +15,14 @@ from casemate_schemas import subjects
 from casemate_schemas.admission import PrecheckAnswer
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.custody import PrepareDataset
-from casemate_schemas.errors import CasemateError, CommitConflictError, NonceError, SetupError, UnavailableError
+from casemate_schemas.errors import (
+    CasemateError,
+    CommitConflictError,
+    NonceError,
+    RolledBackError,
+    SetupError,
+    UnavailableError,
+)
 from casemate_schemas.grant import CommitReceipt, Grant, NonceReply, NonceRequest
 from casemate_schemas.licence import MemberIs, Permission
 from casemate_schemas.requests import Budget, DatasetRegistered, ShowBudget
@@ -40,10 +47,12 @@ class Road:
         return await call(client, subjects.key_broker("north") + f".{op}", payload, timeout_s=30.0)
 
     async def ask_until_answered(self, op: str, payload: bytes) -> bytes:
-        """As gateway and workers do: what could not be answered is asked again."""
+        """As gateway and workers do: what could not be answered is asked again, unless people have to mend the state first."""
         while True:
             try:
                 return await self.ask(op, payload)
+            except RolledBackError:
+                raise
             except UnavailableError:
                 await asyncio.sleep(0.05)
 

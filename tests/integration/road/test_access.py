@@ -26,7 +26,8 @@ from casemate_schemas.errors import (
 )
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.result import Release
-from casemate_schemas.sealing import open_ciphertext, unseal_content_key, unseal_key
+from casemate_schemas.sealing import SealingKey, open_ciphertext, unseal_content_key, unseal_key
+from support.dataset_keys import dataset_keys
 from support.road import COLLEAGUE, SCIENTIST, STRANGER, Road, ask, card, ended, licence, patients, request, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -74,8 +75,14 @@ async def test_stolen_bytes_open_with_nobody_elses_key(road: Road, trained: Any)
         stored = {use.dataset: await store.head(use.envelope) for use in trained.result.terms.plan.datasets}
         stored["result"] = await store.head(release.result)
         ciphertext = b"".join([piece async for piece in store.ciphertext(stored["result"])])
-    opens = {what: _openers(head.head, {**people, **brokers}) for what, head in stored.items()}
-    assert opens == {"shared@north": {"north"}, "shared@south": {"south"}, "result": set()}
+    versions = {
+        f"{name}'s disk": key
+        for name in member_run
+        for key in dataset_keys(layout.member(name) / "key-broker").values()
+    }
+    sealing = {name: keys.sealing for name, keys in (people | brokers).items()} | versions
+    opens = {what: _openers(head.head, sealing) for what, head in stored.items()}
+    assert opens == {"shared@north": {"north's disk"}, "shared@south": {"south's disk"}, "result": set()}
     header = stored["result"].head.header
     for person, keys in people.items():
         for sealed in release.sealed_keys:
@@ -88,11 +95,11 @@ async def test_stolen_bytes_open_with_nobody_elses_key(road: Road, trained: Any)
                     unseal_key(sealed, header, keys.sealing)
 
 
-def _openers(head: Any, parties: dict[str, KeyRing]) -> set[str]:
+def _openers(head: Any, parties: dict[str, SealingKey]) -> set[str]:
     found = set()
-    for name, keys in parties.items():
+    for name, key in parties.items():
         try:
-            unseal_content_key(head, keys.sealing)
+            unseal_content_key(head, key)
         except SealError:
             continue
         found.add(name)

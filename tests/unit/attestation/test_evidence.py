@@ -159,6 +159,8 @@ WRONG_POLICIES: list[dict[str, Any]] = [
     {"evidence_types": BOTH},
     {"evidence_types": (("sev-snp", "sev-snp-vtpm"),), "vtpm": RULES},
     {"evidence_types": (("sev-snp", "sev-snp"),)},
+    {"evidence_types": BOTH, "vtpm": RULES, "vmpl": (0, 2)},
+    {"evidence_types": BOTH[1:], "vtpm": RULES, "vmpl": (2,)},
     {"evidence_types": (("tdx",),)},
 ]
 

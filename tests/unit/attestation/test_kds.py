@@ -268,10 +268,21 @@ def test_a_draft_is_never_left_behind(
 def test_a_list_is_fetched_held_and_good_for_verification(milan: Bench, tmp_path: Path, time: Time) -> None:
     client = time.client(of(milan), tmp_path)
     with pytest.raises(UnavailableError, match="no revocation list"):
-        client.cached_crl("Milan")
-    crl = client.refresh_crl("Milan")
-    assert client.cached_crl("Milan") == crl
+        client.cached_crl("Milan", "vcek")
+    crl = client.refresh_crl("Milan", "vcek")
+    assert client.cached_crl("Milan", "vcek") == crl
     assert milan.judge(policy=milan.policy(crl_required=True), crl=crl).ok
+
+
+def test_the_authority_of_vleks_has_a_list_of_its_own(vlek: Bench, tmp_path: Path) -> None:
+    """Which its certificate names: that of VCEKs' authority does not tell that it was revoked."""
+    kds = of(vlek)
+    client = Time(vlek).client(kds, tmp_path)
+    assert client.refresh_crl("Genoa", "vlek") == client.cached_crl("Genoa", "vlek") == kds.crls["Genoa"]
+    assert kds.requests == ["/vlek/v1/Genoa/cert_chain", "/vlek/v1/Genoa/crl"]
+    with pytest.raises(UnavailableError, match="no revocation list for Genoa"):
+        client.cached_crl("Genoa", "vcek")
+    assert {path.name for path in tmp_path.iterdir()} == {"ark_genoa.der", "asvk_genoa.der", "crl_vlek_genoa.der"}
 
 
 def test_a_list_is_used_for_a_week_after_it_was_fetched_and_not_a_second_longer(
@@ -279,35 +290,35 @@ def test_a_list_is_used_for_a_week_after_it_was_fetched_and_not_a_second_longer(
 ) -> None:
     kds = of(milan)
     client = time.client(kds, tmp_path)
-    crl = client.refresh_crl("Milan")
+    crl = client.refresh_crl("Milan", "vcek")
     kds.twist = lambda _, answer: Answer(503)
     time.now_s += 7 * DAY_S
     with pytest.raises(UnavailableError):
-        client.refresh_crl("Milan")
-    assert client.cached_crl("Milan") == crl
+        client.refresh_crl("Milan", "vcek")
+    assert client.cached_crl("Milan", "vcek") == crl
     time.now_s += 1
     with pytest.raises(UnavailableError, match="too long ago"):
-        client.cached_crl("Milan")
+        client.cached_crl("Milan", "vcek")
     kds.twist = lambda _, answer: answer
-    assert client.refresh_crl("Milan") == client.cached_crl("Milan")  # the same list, asked for anew
+    assert client.refresh_crl("Milan", "vcek") == client.cached_crl("Milan", "vcek")  # the same list, asked for anew
 
 
 def test_a_list_past_its_own_date_is_not_used(milan: Bench, tmp_path: Path, time: Time) -> None:
     kds = of(milan)
     kds.crls["Milan"] = milan.authority.issue_crl(expires_in=timedelta(days=1))
     client = time.client(kds, tmp_path)
-    client.refresh_crl("Milan")
+    client.refresh_crl("Milan", "vcek")
     time.now_s += DAY_S
     with pytest.raises(UnavailableError, match="expected a current list"):
-        client.cached_crl("Milan")
+        client.cached_crl("Milan", "vcek")
 
 
 def test_a_list_from_a_future_beyond_clock_skew_is_not_used(milan: Bench, tmp_path: Path, time: Time) -> None:
     client = time.client(of(milan), tmp_path)
-    client.refresh_crl("Milan")
+    client.refresh_crl("Milan", "vcek")
     time.now_s -= 301
     with pytest.raises(UnavailableError, match="too long ago"):
-        client.cached_crl("Milan")
+        client.cached_crl("Milan", "vcek")
 
 
 def _older_list(bench: Bench) -> bytes:
@@ -323,7 +334,7 @@ def test_a_hostile_list_never_replaces_a_good_one(milan: Bench, tmp_path: Path, 
     kds = of(milan)
     newer = kds.crls["Milan"]
     client = time.client(kds, tmp_path)
-    client.refresh_crl("Milan")
+    client.refresh_crl("Milan", "vcek")
     bad = {
         "garbage": b"\x30\x00",
         "another signer": milan.authority.issue_crl(signer=milan.authority.keys.ask),
@@ -331,33 +342,33 @@ def test_a_hostile_list_never_replaces_a_good_one(milan: Bench, tmp_path: Path, 
     }[hostile]
     kds.twist = lambda target, answer: Answer(body=bad) if target.endswith("crl") else answer
     with pytest.raises(UnavailableError):
-        client.refresh_crl("Milan")
-    assert client.cached_crl("Milan") == newer
+        client.refresh_crl("Milan", "vcek")
+    assert client.cached_crl("Milan", "vcek") == newer
 
 
 def test_a_swapped_list_in_the_folder_is_not_used(milan: Bench, tmp_path: Path, time: Time) -> None:
     client = time.client(of(milan), tmp_path)
-    client.refresh_crl("Milan")
-    path = tmp_path / crl_file("Milan")
+    client.refresh_crl("Milan", "vcek")
+    path = tmp_path / crl_file("Milan", "vcek")
     path.write_bytes(milan.authority.issue_crl(signer=milan.authority.keys.ask))
     os.utime(path, (time.now_s, time.now_s))
     with pytest.raises(UnavailableError, match="did not sign"):
-        client.cached_crl("Milan")
+        client.cached_crl("Milan", "vcek")
 
 
 def test_offline_a_list_needs_its_ark_beside_it_and_is_never_fetched(milan: Bench, tmp_path: Path, time: Time) -> None:
     kds = of(milan)
     client = time.client(kds, tmp_path, online=False)
-    path = tmp_path / crl_file("Milan")
+    path = tmp_path / crl_file("Milan", "vcek")
     path.write_bytes(kds.crls["Milan"])
     os.utime(path, (time.now_s, time.now_s))
     with pytest.raises(UnavailableError, match="the ARK that signed it is not at hand"):
-        client.cached_crl("Milan")
+        client.cached_crl("Milan", "vcek")
     with pytest.raises(SetupError):
-        client.refresh_crl("Milan")
+        client.refresh_crl("Milan", "vcek")
     (tmp_path / "ark_milan.der").write_bytes(milan.authority.ark)
     (tmp_path / "ask_milan.der").write_bytes(milan.authority.ask)
-    assert client.cached_crl("Milan") == kds.crls["Milan"]
+    assert client.cached_crl("Milan", "vcek") == kds.crls["Milan"]
     assert kds.requests == []
 
 

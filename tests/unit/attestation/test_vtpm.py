@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -260,12 +261,24 @@ def test_a_policy_without_reference_values_accepts_nothing(milan: Bench, paravis
 
 
 @pytest.mark.parametrize(
-    ("changed", "failed"), [({"measurements": (b"\x99" * 48,)}, "measurement"), ({"vmpl": (1,)}, "vmpl")]
+    ("changed", "failed"), [({"measurements": (b"\x99" * 48,)}, "measurement"), ({"min_guest_svn": 1}, "guest_svn")]
 )
 def test_the_paravisor_itself_is_appraised(
     milan: Bench, paravisor: Paravisor, changed: dict[str, Any], failed: str
 ) -> None:
     assert judged(milan, paravisor.component(REPORT_DATA), **changed).failed == (failed,)
+
+
+def test_what_runs_above_the_paravisor_does_not_speak_for_it(milan: Bench) -> None:
+    """Its reports have the same measurement, and could cover an attestation key of its own."""
+    template = milan.chip.launch(milan.policy().measurements[0]).template
+
+    def attest(report_data: bytes) -> tuple[bytes, tuple[bytes, bytes, bytes]]:
+        body = replace(template, report_data=report_data, vmpl=2).body()
+        return milan.chip.sign(body), milan.chip.certificates
+
+    guest = Paravisor(attest)
+    assert judged(milan, guest.component(REPORT_DATA)).failed == ("vmpl",)
 
 
 # --- hostile bytes ----------------------------------------------------------------------------------------------------

@@ -356,6 +356,20 @@ def test_nobody_fills_the_disk(bench: Bench, nora: Person, monkeypatch: pytest.M
         assert tx.execute("SELECT count(*) FROM approvals").fetchone() == (0,)
 
 
+def test_no_crowd_of_approvers_keeps_another_from_denying(
+    bench: Bench, nora: Person, nils: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept, "MAX_APPROVALS_OF_TERMS", 1)
+    dataset = asks(bench, count=3)
+    job = waiting(bench, dataset)
+    assert give(bench, nora, job, dataset).state == "awaiting"
+    assert give(bench, nils, job, dataset).reason == "too_large"
+    assert give(bench, nora, job, dataset).state == "awaiting", "who spoke before may speak again"
+    assert give(bench, nils, job, dataset, decision="deny").state == "denied"
+    ned = bench.person("north", "ned", ("steward",))
+    assert give(bench, ned, job, dataset, decision="deny").reason == "too_large"
+
+
 def test_another_cannot_end_the_wait(bench: Bench, nora: Person) -> None:
     """Whoever names somebody else's terms in a routing of their own is refused, and nothing else happens."""
     dataset = asks(bench)

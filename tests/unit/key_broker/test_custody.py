@@ -117,6 +117,8 @@ def test_amendments_that_are_refused(bench: Bench, dataset: Dataset, case: str) 
     refusal = _amend(bench, bench.licence(dataset_id, **changed))
     assert isinstance(refusal, Refusal) and refusal.reason == reason
     assert len(_shown(bench).licences) == 1 and not _entries(bench, "amended")
+    (entry,) = _entries(bench, "refused")
+    assert (entry.subject, entry.reason, entry.person) == (dataset_id, reason, "nora@north")
 
 
 def test_only_the_owners_stewards_amend_look_prepare_and_erase(bench: Bench, dataset: Dataset) -> None:
@@ -131,6 +133,8 @@ def test_only_the_owners_stewards_amend_look_prepare_and_erase(bench: Bench, dat
         for body in bodies:
             refusal = bench.ask("north", person, body)
             assert isinstance(refusal, Refusal) and refusal.reason == "not_allowed", body
+        unsound = AmendLicence(licence=sign(bench.licence(CARDIO, number=2, expires=1), person.keys.signing))
+        assert bench.ask("north", person, unsound).reason == "not_allowed", "who may not amend has no licence judged"
     forged = AmendLicence(licence=sign(bench.licence(CARDIO, number=2), bench.clara.keys.signing))
     assert _steward(bench, forged).reason == "not_authenticated"
 

@@ -271,6 +271,16 @@ def test_a_nonce_just_before_it_expires(bench: Bench, job: Job) -> None:
     bench.grant("north", worker, evidence)
 
 
+def test_a_nonce_by_a_clock_that_was_ahead_is_not_good_for_longer(bench: Bench, job: Job) -> None:
+    """Steps of a few minutes, which clocks make, cost no worker its evidence."""
+    worker = Worker(job)
+    request = worker.request(bench.evidence(worker))
+    bench.clock.advance(-301)
+    _refused(bench, NonceError, request)
+    bench.clock.advance(1)
+    bench.broker("north").grant(request)
+
+
 def test_a_nonce_that_nobody_gave_or_none_at_all(bench: Bench, job: Job) -> None:
     worker = Worker(job)
     for nonces in ({"north": os.urandom(32)}, {"clara": bench.nonce("clara", job)}):

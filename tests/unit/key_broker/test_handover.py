@@ -205,3 +205,14 @@ def test_only_the_enclave_it_was_given_to_takes_it(bench: Bench, successor: Succ
         handover.take_over(successor.database, bench.consortium, "west", successor.keys, envelope)
     other.database.close()
     successor.take_over(envelope)
+
+
+def test_a_state_of_a_newer_release_does_not_take_the_place_of_the_keys_that_open_it(
+    bench: Bench, successor: Successor
+) -> None:
+    with bench.database("north").transaction() as tx:
+        tx.execute("PRAGMA user_version=2")
+    envelope = given(bench, successor.order())
+    with pytest.raises(SetupError, match="schema 2"):
+        successor.take_over(envelope)
+    assert own_keys(successor.database).sealing.public == successor.keys.sealing.public

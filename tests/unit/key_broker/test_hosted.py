@@ -25,6 +25,7 @@ from casemate_schemas.errors import (
     SetupError,
     UnavailableError,
 )
+from casemate_schemas.identity import Revocation
 from casemate_schemas.key_broker_evidence import EvidenceRequest, HandOver, HandOverOrder, KeyBrokerEvidence
 from casemate_schemas.requests import ListDatasets, Refusal, TellTime, TimeTold
 from casemate_schemas.signatures import sign
@@ -173,16 +174,22 @@ def test_the_program_hands_its_state_over_to_the_next_enclave(
     chain = enclave.listed(enclave.evidence(enclave.start()))
     enclave.offer(chain)
     before, after = (enclave.settings.model_copy(update={"state_dir": tmp_path / name}) for name in ("state", "next"))
-    enclave.start().serving()
+    nora, gone = enclave.bench.stewards["north"], enclave.bench.person("north", "greta", ("steward",))
+    at, consortium = enclave.bench.clock(), enclave.bench.consortium.id
+    left = Revocation(consortium=consortium, member="north", person="greta", before=at + 1, created=at)
+    serving = enclave.start()
+    assert serving.serving() and serving.revocations.offer(sign(left, enclave.bench.members["north"].signing))
     successor = enclave.evidence(enclave.start(state_dir=after.state_dir))
     enclave.stop()
-    nora = enclave.bench.stewards["north"]
-    word = HandOver(
-        consortium=enclave.bench.consortium.id, key_broker="north", successor=successor, at=enclave.bench.clock()
-    )
+    word = HandOver(consortium=consortium, key_broker="north", successor=successor, at=at)
     order, sealed = tmp_path / "order", tmp_path / "sealed"
-    signed = HandOverOrder(hand_over=sign(word, nora.keys.signing), delegation=nora.delegation)
-    order.write_bytes(encode(signed))
+    for person in (gone, nora):
+        signed = HandOverOrder(hand_over=sign(word, person.keys.signing), delegation=person.delegation)
+        order.write_bytes(encode(signed))
+        if person is gone:
+            with pytest.raises(AuthenticationError, match="north has revoked"):
+                move_state(before, order, sealed, None)
+            assert not sealed.exists()
     move_state(before, order, sealed, None)
     with pytest.raises(SetupError, match="handed over"):
         enclave.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from casemate_key_broker import audit_log, ledger
+from casemate_key_broker import audit_log, ledger, licences
 from casemate_schemas.codec import decode
 from casemate_schemas.errors import IntegrityError
 from casemate_schemas.requests import (
@@ -91,6 +91,18 @@ def test_only_the_owner_renews_and_only_what_was_looked_at(bench: Bench) -> None
     again = _renew(bench, dataset, admin, lineage)
     assert isinstance(again, Refusal) and again.reason == "conflict"
     assert len(_budget(bench, dataset).renewals) == 1
+
+
+def test_no_more_renewals_than_can_be_shown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more, and no steward would ever see the ledger again."""
+    monkeypatch.setattr(licences, "MAX_RENEWALS", 2)
+    dataset, steward = bench.register(), bench.stewards["north"]
+    for _ in range(2):
+        assert isinstance(_renew(bench, dataset, steward, _budget(bench, dataset).lineage), BudgetRenewed)
+    before = _budget(bench, dataset)
+    answer = _renew(bench, dataset, steward, before.lineage)
+    assert isinstance(answer, Refusal) and answer.reason == "too_large"
+    assert _budget(bench, dataset) == before and len(before.renewals) == 2
 
 
 @pytest.mark.parametrize(

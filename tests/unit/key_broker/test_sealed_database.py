@@ -6,9 +6,11 @@ import contextlib
 import errno
 import os
 import shutil
+import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from casemate_key_broker import sealed_database
@@ -277,3 +279,71 @@ def test_time_goes_on_from_the_newest_record(tmp_path: Path) -> None:
     set_back.raise_to(7_000)
     set_back.raise_to(6_000)
     assert set_back() == 7_000
+
+
+def test_a_snapshot_that_found_no_room_takes_none_from_the_next_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sealed_database, "MIN_JOURNAL_BYTES", 1)
+    with opened(tmp_path) as database:
+        _put(database, "n", b"x" * 300_000)
+        real, draft, refused = os.write, tmp_path / "state" / "sealed-state.new", list[int]()
+
+        def until_it_is_full(descriptor: int, data: memoryview) -> int:
+            """Half of a snapshot is all that there is room for."""
+            if not draft.exists():
+                return real(descriptor, data)
+            if draft.stat().st_size:
+                refused.append(len(data))
+                raise OSError(errno.ENOSPC, "full")
+            return real(descriptor, data[: len(data) // 2])
+
+        monkeypatch.setattr(os, "write", until_it_is_full)
+        _put(database, "m", 1)
+        assert len(refused) == 1
+        monkeypatch.undo()
+        assert {path.name for path in (tmp_path / "state").iterdir()} == {FILE_NAME, "lock"}
+    with opened(tmp_path) as database:
+        assert _get(database, "m") == 1
+
+
+def test_what_was_deleted_is_in_no_later_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever SQLite was built with, and also if the deletion is replayed from the journal."""
+    real = sqlite3.connect
+
+    def of_another_build(*args: Any, **options: Any) -> sqlite3.Connection:
+        made: sqlite3.Connection = real(*args, **options)
+        made.execute("PRAGMA secure_delete=OFF").fetchone()
+        return made
+
+    monkeypatch.setattr(sqlite3, "connect", of_another_build)
+    for deletes_at in range(2):
+        with opened(tmp_path) as database:
+            if deletes_at == 0:
+                _put(database, "key", b"canary" * 400)
+            with database.transaction() as tx:
+                assert tx.execute("PRAGMA secure_delete").fetchone() == (1,)
+                tx.execute("DELETE FROM meta WHERE name = ?", ("key",))
+            assert b"canary" not in database.snapshot()
+
+
+def test_another_state_without_a_file_of_its_own_goes_on_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path / "other") as other:
+        _put(other, "n", "other")
+        snapshot = other.snapshot()
+    with opened(tmp_path) as database:
+        _put(database, "n", "own")
+
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(StorageFullError):
+            database.replace(snapshot)
+        monkeypatch.undo()
+        with pytest.raises(IntegrityError, match="restart"):
+            _put(database, "m", 1)
+    with opened(tmp_path) as database:
+        assert _get(database, "n") == "own"

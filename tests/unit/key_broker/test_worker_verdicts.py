@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from casemate_key_broker import worker_verdicts
+from casemate_schemas.codec import digest_of
 from casemate_schemas.errors import AppraisalError, CasemateError, VerificationError
 from casemate_schemas.evidence import Evidence, SevSnp
 from casemate_schemas.licence import AllOf, MemberIs, WithMeasurement
@@ -84,6 +85,17 @@ def test_what_is_not_genuine_hides_nothing_that_is(bench: Bench, job: Job) -> No
     rest = [found for found in shown(bench) if not found.genuine]
     assert len(rest) == worker_verdicts.MAX_KEPT[False]
     assert rest[0].worker == launch.template.report_id and "signature" in rest[0].failed[0].name
+
+
+def test_a_copied_report_hides_nothing_of_the_worker_it_was_copied_from(bench: Bench, job: Job) -> None:
+    """It is the chip's, but not over the claims that it comes with: whoever saw it can send it with their own."""
+    launch, worker, thief = chip().launch(MEASUREMENT), Worker(job), Worker(job)
+    evidence = launched(bench, worker, launch)
+    assert present(bench, evidence, worker) is None
+    copied = Evidence(claims=bench.evidence(thief).claims, components=evidence.components)
+    assert present(bench, copied, thief) is AppraisalError
+    told = {found.genuine: (found.accepted, found.evidence == digest_of(evidence)) for found in shown(bench)}
+    assert told == {True: (True, True), False: (False, False)}
 
 
 def test_the_oldest_workers_are_forgotten_first(bench: Bench, job: Job) -> None:

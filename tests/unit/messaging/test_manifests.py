@@ -104,6 +104,15 @@ def test_what_cannot_be_kept_or_used_is_not_accepted(tmp_path: Path) -> None:
     assert manifests.current == KEYS.consortium
 
 
+@pytest.mark.parametrize("bound", ["MAX_MANIFESTS", "MAX_CHAIN_BYTES"])
+def test_no_chain_becomes_longer_than_everybody_reads(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    manifests = TrustedManifests(KEYS.chain, KEYS.consortium.id)
+    monkeypatch.setattr(f"casemate_messaging.manifests.{bound}", 1)
+    with pytest.raises(ManifestError, match="expected at most"):
+        manifests.offer(last(SECOND))
+    assert manifests.current == KEYS.consortium
+
+
 class Store:
     """NATS: what it answers for each number; anything that is no manifest is raised."""
 
@@ -182,6 +191,33 @@ async def test_what_is_withheld_can_come_by_the_file(tmp_path: Path, capfd: pyte
         ("manifest_refused", 3, "unavailable"),
         ("manifest", 3, None),
     ]
+
+
+async def test_a_file_that_is_refused_keeps_nothing_of_nats_away(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifests, following = follower(Store(n2=last(SECOND)), tmp_path)
+    (tmp_path / "manifest").write_bytes(b"not a chain")
+    assert await following.catch_up()
+    assert manifests.current == SECOND.consortium
+    assert [event[1:] for event in logged(capfd)] == [
+        ("manifest_refused", 3, "malformed"),
+        ("manifest", 2, None),
+    ]
+
+
+async def test_a_file_is_read_again_once_there_is_room_for_it(tmp_path: Path) -> None:
+    manifests, following = follower(Store(), tmp_path)
+    settings_in(tmp_path, SECOND.chain)
+
+    def refuse(_: Consortium) -> None:
+        raise StorageFullError("full")
+
+    manifests.before_use = refuse
+    assert not await following.catch_up()
+    manifests.before_use = lambda _: None
+    assert await following.catch_up()
+    assert manifests.current == SECOND.consortium
 
 
 async def test_a_program_that_cannot_go_on_is_told(tmp_path: Path) -> None:

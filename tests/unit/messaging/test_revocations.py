@@ -11,7 +11,7 @@ from casemate_messaging.logs import ProgramLog
 from casemate_messaging.revocations import RevocationFollower, TrustedRevocations
 from casemate_messaging.settings import ProgramSettings
 from casemate_schemas.codec import encode
-from casemate_schemas.consortium import Member, verify_delegation
+from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, Member, verify_delegation
 from casemate_schemas.errors import AuthenticationError, IntegrityError, MalformedError, TooLargeError, UnavailableError
 from casemate_schemas.identity import Revocation
 from casemate_schemas.keyring import KeyRing
@@ -107,7 +107,7 @@ def test_what_was_kept_is_verified_again() -> None:
         trusted(known=[revocation(by=KEYS.members["south"])])
 
 
-def test_it_outlives_its_members_key() -> None:
+def test_it_outlives_its_members_key_which_revokes_nothing_that_begins_later() -> None:
     new = KeyRing.generate()
     members = tuple(
         Member(id=m.id, name=m.name, signing_key=new.signing.public, sealing_key=new.sealing.public)
@@ -115,9 +115,15 @@ def test_it_outlives_its_members_key() -> None:
         else m
         for m in KEYS.consortium.manifest.members
     )
-    later = amended(KEYS, members=members)
-    both = TrustedRevocations(lambda: (KEYS.consortium, later.consortium), known=[revocation()])
-    assert both.offer(revocation(person="nils", by=new)) and is_revoked(both) and is_revoked(both, "nils")
+    later = amended(KEYS, members=members, created=NOW_MS).consortium
+    latest = amended(amended(KEYS, members=members, created=NOW_MS), created=NOW_MS + 10**9).consortium
+    for versions in ((KEYS.consortium, later), (KEYS.consortium, later, latest)):
+        both = TrustedRevocations(lambda versions=versions: versions, known=[revocation(before=NOW_MS + 10**8)])
+        assert both.offer(revocation(person="nils", by=new)) and is_revoked(both) and is_revoked(both, "nils")
+        assert both.offer(revocation(person="ann", before=NOW_MS + MAX_CLOCK_SKEW_MS)) and is_revoked(both, "ann")
+        with pytest.raises(AuthenticationError):
+            both.offer(revocation(person="bob", before=NOW_MS + MAX_CLOCK_SKEW_MS + 1))
+        assert both.offer(revocation(person="bob", by=new, before=NOW_MS + 10**8))
 
 
 def test_one_member_fills_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +173,19 @@ async def test_it_reads_what_is_new_past_rubbish_and_all_of_it_now_and_then() ->
     for _ in range(28):
         await following.catch_up()
     assert is_revoked(revocations, "nell") and stream.asked.count(1) == 2
+
+
+async def test_however_far_behind_it_is_it_gets_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a member that publishes more than is read between two beginnings would keep all later ones from everybody."""
+    monkeypatch.setattr("casemate_messaging.revocations._MAX_BATCHES", 1)
+    monkeypatch.setattr("casemate_messaging.revocations._FROM_THE_START", 2)
+    revocations = trusted()
+    following = follower(revocations, stream := Stream(*[b""] * 64 * 4, encode(revocation())))
+    for _ in range(5):
+        await following.catch_up()
+    assert is_revoked(revocations) and stream.asked == [1, 65, 129, 193, 257]
+    await following.catch_up()
+    assert stream.asked[-1] == 1
 
 
 async def test_it_stops_the_program_if_the_disk_is_broken() -> None:

@@ -20,7 +20,7 @@ from casemate.amendments import (
 from casemate.cli import cli, run
 from casemate_schemas.attestation_policy import AMD_ARK_SHA256, AcceptedProduct, AttestationPolicy, TcbVersion
 from casemate_schemas.codec import decode
-from casemate_schemas.consortium import Member, verify_chain, verify_next
+from casemate_schemas.consortium import ConsortiumManifest, Member, verify_chain, verify_next
 from casemate_schemas.errors import ManifestError, ParameterError
 from casemate_schemas.keyring import KeyRing
 from support.consortium import amended, consortium_for_tests
@@ -93,6 +93,31 @@ def test_every_change_is_shown_and_nothing_else() -> None:
         f"+ attestation.measurements: {OTHER.hex()}",
     ]
     assert differences(before, a_proposal().open(KEYS.consortium)) == []
+
+
+def test_a_version_is_one_value_and_so_is_a_combination() -> None:
+    """Or a lower floor of the same numbers, in another order, would be no change to whoever is asked to sign it."""
+    policy = KEYS.consortium.manifest.attestation
+    product, *others = policy.products
+
+    def with_firmware(*version: int) -> AttestationPolicy:
+        floor = product.model_copy(update={"min_firmware": version})
+        return policy.model_copy(update={"products": (floor, *others)})
+
+    before = KEYS.consortium.manifest.model_copy(update={"attestation": with_firmware(1, 55, 0)})
+    after = before.model_copy(update={"attestation": with_firmware(0, 1, 55)})
+    path = f"attestation.products[{product.product}].min_firmware"
+    assert differences(before, after) == [f"- {path}: 1 55 0", f"+ {path}: 0 1 55"]
+
+    def together(*types: tuple[str, ...]) -> ConsortiumManifest:
+        return before.model_copy(update={"attestation": policy.model_copy(update={"evidence_types": types})})
+
+    both, either = together(("sev-snp", "sev-snp-vtpm")), together(("sev-snp",), ("sev-snp-vtpm",))
+    assert differences(both, either) == [
+        "- attestation.evidence_types: sev-snp sev-snp-vtpm",
+        "+ attestation.evidence_types: sev-snp",
+        "+ attestation.evidence_types: sev-snp-vtpm",
+    ]
 
 
 def _sealing_lines(member: Member) -> list[str]:

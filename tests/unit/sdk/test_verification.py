@@ -230,6 +230,18 @@ def test_each_worker_is_held_to_the_manifest_it_worked_under(w: World) -> None:
                 assert verify_result(bundle, w.clara, w.expected()).terms.terms.manifest_number == 1
 
 
+@pytest.mark.parametrize("demanded", [{"crl_required": True}, {"max_crl_age_s": 3600}])
+def test_a_result_can_be_verified_where_key_brokers_need_a_revocation_list(w: World, demanded: dict[str, Any]) -> None:
+    policy = AttestationPolicy(**dict(w.consortium.manifest.attestation) | demanded)
+    newer = ManifestChain(manifests=(*w.chain.manifests, w.next_manifest(attestation=policy)))
+    claims, grant = update(manifest=verify_chain(newer).digest), update(manifest_number=2)
+    edits = Edits(claims=claims, grant=lambda header: grant(claims(header)), chain=update(manifests=newer.manifests))
+    verified = verify_result(w.result(edits), w.clara, w.expected())
+    assert verified.verification.steps[1].finding.startswith("number 2")
+    with pytest.raises(ReleaseError, match=r"step 4 \(evidence\): ✗ measurement"):
+        verify_result(w.result(replace(edits, evidence=lambda e: _measured(e, b"\x66" * 48))), w.clara, w.expected())
+
+
 def test_a_result_opens_saves_and_is_verified_again_from_its_files(w: World, tmp_path: Any) -> None:
     result = open_result(w.result(), w.clara, w.expected())
     np.testing.assert_array_equal(result.arrays["0.weight"], WEIGHTS["0.weight"])
