@@ -127,7 +127,7 @@ class _Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(256), nn.Linear(256, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        places = torch.arange(x.shape[1]).expand(x.shape)
+        places = torch.arange(x.shape[1]).expand(x.shape).contiguous()
         return self.head(self.norm(self.blocks(self.words(x.long()) + self.places(places))).mean(1))
 
 
@@ -136,7 +136,7 @@ CASES = {
     for case in (
         Case("mlp", _mlp, (50,), 2, 256, 1, 1.9),
         Case("lenet", _lenet, (1, 28, 28), 10, 256, 1, 1.2),
-        Case("wrn", _wide_resnet, (3, 32, 32), 10, 64, 2, 1.5),
-        Case("transformer", _Transformer, (128,), 2, 32, 2, 1.5),
+        Case("wrn", _wide_resnet, (3, 32, 32), 10, 64, 1, 1.5),
+        Case("transformer", _Transformer, (128,), 2, 32, 1, 1.5),
     )
 }
