@@ -1,14 +1,14 @@
 # Everything sets itself up: a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests
+SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests benchmarks
 
-.PHONY: demo test lint unit integration faults bench clean
+.PHONY: demo test lint unit integration faults fuzz fuzz-short bench clean
 
 demo: .venv/.demo ## Three hospitals train one model on this machine (SIMULATED attestation)
 	$(BIN)/casemate demo
 
-test: lint unit integration faults ## Lint, types, import rules and all tests
+test: lint unit integration faults fuzz-short ## Lint, types, import rules and all tests
 
 lint: .venv/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -24,6 +24,15 @@ integration: .venv/.dev
 
 faults: .venv/.dev
 	$(BIN)/pytest tests/faults
+
+bench: .venv/.dev ## Every benchmark, a table each: minutes, on a quiet machine
+	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+
+fuzz: .venv/.dev ## A million hostile inputs to what reads evidence: minutes
+	$(BIN)/python tests/fuzz/attestation.py -runs=1000000 -print_final_stats=1
+
+fuzz-short: .venv/.dev
+	$(BIN)/python tests/fuzz/attestation.py -runs=20000 -seed=1
 
 .venv/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -73,11 +73,13 @@ def interleaved(
     cases: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
+    batch: int = 1,
     warm_up: int = 10,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
-    """Time every case once a round, each round beginning with the next one, so that all meet the same disturbances.
+    """Time ``batch`` calls of every case a round, each round beginning with the next one: all meet the same disturbances.
 
+    A sample is the mean of one batch. More than one call a batch keeps the cases from emptying each other's caches.
     ``time.thread_time`` as the clock counts this thread's work alone, which is all there is where nothing waits.
     """
     names = list(cases)
@@ -85,9 +87,11 @@ def interleaved(
     for count in range(-warm_up, rounds):
         turn = count % len(names)
         for name in names[turn:] + names[:turn]:
+            call = cases[name]
             began = clock()
-            cases[name]()
-            elapsed = clock() - began
+            for _ in range(batch):
+                call()
+            elapsed = (clock() - began) / batch
             if count >= 0:
                 seconds[name].append(elapsed)
     return {name: Samples(tuple(values)) for name, values in seconds.items()}

@@ -18,9 +18,10 @@ from casemate_schemas.attestation_policy import (
 )
 from casemate_schemas.errors import ParameterError
 
+from .chain import ChainCache
 from .products import decode_tcb, dotted
 from .report import AttestationReport
-from .verdict import Checklist, Claims, Verdict
+from .verdict import Checklist, CheckName, Claims, Verdict
 from .verify import verify
 
 REPORT_DATA_BYTES = 64
@@ -41,6 +42,7 @@ _PLATFORM_BITS = {
     "rapl_dis": 1 << 3,
     "ciphertext_hiding": 1 << 4,
     "alias_check": 1 << 5,
+    "iommu_write_safe": 1 << 6,
     "tio": 1 << 7,
 }
 
@@ -52,6 +54,7 @@ def verify_and_appraise(
     report_data: bytes,
     now: datetime,
     crl: bytes | None = None,
+    chains: ChainCache | None = None,
 ) -> Verdict:
     """Whether ``report`` is genuine and meets ``policy``: first :func:`verify`, then, only if it is, :func:`appraise`.
 
@@ -62,7 +65,7 @@ def verify_and_appraise(
     """
     if len(report_data) != REPORT_DATA_BYTES:
         raise ParameterError(f"expected {REPORT_DATA_BYTES} bytes of report data, got {len(report_data)}")
-    verified = verify(report, certificates, policy, now, crl)
+    verified = verify(report, certificates, policy, now, crl, chains)
     if verified.claims is None:
         return verified
     appraised = appraise(verified.claims, policy, report_data)
@@ -80,7 +83,8 @@ def appraise(claims: Claims, policy: AppraisalPolicy, report_data: bytes | None)
     4. ``family_id``, ``image_id``, ``id_key``, ``author_key`` (only with AUTHOR_KEY_EN).
     5. ``min_tcb`` (current, reported, committed and launch), ``min_firmware`` (current and committed), ``provisional``.
     6. ``platform``, ``launch_mitigations``, ``current_mitigations``.
-    7. ``chip``: chip or cloud provider among the allowed ones. ``crl``: a list was there, if one has to be.
+    7. ``chip``: chip or cloud provider among the allowed ones. ``crl``, ``crl_age``: a list was there, if one has to be,
+       and is not older than the policy permits.
 
     Args:
         claims: from :func:`~casemate_attestation.verify.verify`.
@@ -132,7 +136,7 @@ def _check_workload(
 ) -> None:
     if report_data is not None:
         fresh = hmac.compare_digest(report.report_data, report_data)
-        checks.record("report_data", fresh, report_data.hex(), report.report_data.hex())
+        checks.record("report_data", fresh, report_data.hex(), None if fresh else report.report_data.hex())
     if policy.measurements:
         _check_member(checks, "measurement", report.measurement, policy.measurements)
     if policy.host_data is not None:
@@ -183,7 +187,8 @@ def _check_floors(checks: Checklist, claims: Claims, accepted: AcceptedProduct) 
     }
     levels = {name: decode_tcb(tcb, claims.product) for name, tcb in raw.items()}
     low = [f"{name} {tcb}" for name, tcb in levels.items() if not tcb.covers(accepted.min_tcb)]
-    checks.record("min_tcb", not low, f"at least {accepted.min_tcb}", "; ".join(low) or f"current {levels['current']}")
+    got = "; ".join(low) or f"current {levels['current']}"
+    checks.record("min_tcb", not low, f"at least {accepted.min_tcb}", got)
     firmware = min(report.current_firmware, report.committed_firmware)
     floor = accepted.min_firmware
     checks.record("min_firmware", firmware >= floor, f"at least {dotted(floor)}", dotted(firmware))
@@ -195,7 +200,7 @@ def _check_provisional(checks: Checklist, claims: Claims, policy: AppraisalPolic
     report = claims.report
     settled = report.committed_tcb == report.current_tcb and report.committed_firmware == report.current_firmware
     expected = f"committed TCB {report.current_tcb.hex()}, firmware {dotted(report.current_firmware)}, as current"
-    got = f"{report.committed_tcb.hex()}, {dotted(report.committed_firmware)}"
+    got = None if settled else f"{report.committed_tcb.hex()}, {dotted(report.committed_firmware)}"
     checks.record("provisional", settled, expected, got)
 
 
@@ -203,7 +208,7 @@ def _check_platform(checks: Checklist, report: AttestationReport, policy: Apprai
     wrong = _platform_problems(report.platform_info, policy.platform)
     got = ", ".join(wrong) or f"{report.platform_info:#x}"
     checks.record("platform", not wrong, "platform bits as required", got)
-    vectors = (
+    vectors: tuple[tuple[CheckName, int, int], ...] = (
         ("launch_mitigations", policy.launch_mitigations, report.launch_mitigations),
         ("current_mitigations", policy.current_mitigations, report.current_mitigations),
     )
@@ -213,11 +218,10 @@ def _check_platform(checks: Checklist, report: AttestationReport, policy: Apprai
 
 
 def _platform_problems(platform_info: int, rules: PlatformRules) -> list[str]:
-    wanted = {name: getattr(rules, name) for name in _PLATFORM_BITS}
     return [
         f"{name} {'off' if want else 'on'}"
-        for name, want in wanted.items()
-        if want is not None and want != bool(platform_info & _PLATFORM_BITS[name])
+        for name, bit in _PLATFORM_BITS.items()
+        if (want := getattr(rules, name)) is not None and want != bool(platform_info & bit)
     ]
 
 
@@ -226,11 +230,19 @@ def _check_allowed_hardware(checks: Checklist, claims: Claims, policy: Appraisal
         known = claims.hardware_id in policy.chip_ids or claims.csp_id in policy.csp_ids
         got = claims.csp_id or (claims.hardware_id or b"").hex()
         checks.record("chip", known, "an allowed chip or cloud provider", got)
-    if policy.crl_required:
-        checks.record("crl", claims.has_crl, "a revocation list", "one" if claims.has_crl else "none")
+    _check_revocation_list(checks, claims, policy)
 
 
-def _check_member(checks: Checklist, name: str, value: bytes, allowed: Iterable[bytes]) -> None:
+def _check_revocation_list(checks: Checklist, claims: Claims, policy: AppraisalPolicy) -> None:
+    """A bound on the age asks for a list: otherwise the oldest one would be the one that is left out."""
+    age_s, max_age_s = claims.crl_age_s, policy.max_crl_age_s
+    if policy.crl_required or max_age_s is not None:
+        checks.record("crl", age_s is not None, "a revocation list", "none" if age_s is None else "one")
+    if age_s is not None and max_age_s is not None:
+        checks.record("crl_age", age_s <= max_age_s, f"a list of at most {max_age_s} s", f"one of {age_s:.0f} s")
+
+
+def _check_member(checks: Checklist, name: CheckName, value: bytes, allowed: Iterable[bytes]) -> None:
     accepted = tuple(allowed)
     checks.record(name, value in accepted, _one_of(accepted), value.hex())
 

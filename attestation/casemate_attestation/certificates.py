@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Literal, cast
+from typing import Final, Literal, NamedTuple
 
 from casemate_schemas.errors import MalformedError, TooLargeError, VerificationError
 from cryptography import x509
@@ -22,7 +22,6 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.utils import CryptographyDeprecationWarning
-from cryptography.x509.oid import NameOID
 
 from .products import CHIP_ID_BYTES, PRODUCTS, Product, TcbVersion
 
@@ -40,6 +39,12 @@ _PSS_SHA384_TRAILER: Final = bytes.fromhex(
 )
 """The same with the default trailer field written out, as in the certificates that AMD issued up to 2023."""
 
+_INTEGER: Final = 0x02
+_VERSION: Final = 0xA0
+_TEXT: Final = (0x0C, 0x13)
+"""UTF8String, PrintableString."""
+_COMMON_NAME_OID: Final = bytes.fromhex("0603550403")
+
 _AMD: Final = "1.3.6.1.4.1.3704.1"
 STRUCT_VERSION: Final = f"{_AMD}.1"
 PRODUCT_NAME: Final = f"{_AMD}.2"
@@ -49,15 +54,20 @@ SPL: Final = {"bl": f"{_AMD}.3.1", "tee": f"{_AMD}.3.2", "snp": f"{_AMD}.3.3", "
 SPL_FMC: Final = f"{_AMD}.3.9"
 SPL_RESERVED: Final = tuple(f"{_AMD}.3.{number}" for number in (4, 5, 6, 7))
 
+_SMALL_INTEGERS: Final = {bytes((2, 1, n) if n < 0x80 else (2, 2, 0, n)): n for n in range(256)}
+"""The numbers from 0 to 255 by their DER INTEGER, of which there is one each."""
+
 VekKind = Literal["vcek", "vlek"]
 VEK_NAMES: Final[dict[str, VekKind]] = {"SEV-VCEK": "vcek", "SEV-VLEK": "vlek"}
 INTERMEDIATE_PREFIX: Final[dict[VekKind, str]] = {"vcek": "SEV-", "vlek": "SEV-VLEK-"}
 
+_SHA384: Final = SHA384()
+_PSS: Final = padding.PSS(padding.MGF1(_SHA384), 48)
+
 _warning_filters = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
+class Certificate(NamedTuple):
     """The facts of one certificate, nothing judged yet. ``extensions`` maps a dotted OID to its raw value."""
 
     der: bytes
@@ -77,15 +87,6 @@ class Certificate:
     key_usage: x509.KeyUsage | None
     extensions: Mapping[str, bytes]
     unknown_critical: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The certificates of one report, leaf first: VEK (VCEK or VLEK), intermediate (ASK or ASVK), ARK."""
-
-    vek: Certificate
-    intermediate: Certificate
-    ark: Certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,48 +144,54 @@ def parse_crl(der: bytes) -> RevocationList:
 
 
 def _certificate_facts(der: bytes) -> Certificate:
-    certificate, serial_number = _load(der)
-    algorithm, outer = _algorithm_identifiers(der, version_tag=0xA0, skip=1)
-    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    extensions = {extension.oid.dotted_string: extension for extension in certificate.extensions}
-    raw = {
-        oid: extension.value.value
-        for oid, extension in extensions.items()
-        if isinstance(extension.value, x509.UnrecognizedExtension)
-    }
-    basic = extensions.get(x509.BasicConstraints.oid.dotted_string)
-    usage = extensions.get(x509.KeyUsage.oid.dotted_string)
-    known = {x509.BasicConstraints.oid.dotted_string, x509.KeyUsage.oid.dotted_string}
+    parts = _certificate_parts(der)
+    certificate = _load(der, parts.serial_number)
+    basic: x509.BasicConstraints | None = None
+    usage: x509.KeyUsage | None = None
+    raw: dict[str, bytes] = {}
+    unknown_critical: list[str] = []
+    for extension in certificate.extensions:
+        value = extension.value
+        if type(value) is x509.UnrecognizedExtension:
+            raw[extension.oid.dotted_string] = value.value
+        elif type(value) is x509.BasicConstraints:
+            basic = value
+            continue
+        elif type(value) is x509.KeyUsage:
+            usage = value
+            continue
+        if extension.critical:
+            unknown_critical.append(extension.oid.dotted_string)
     return Certificate(
         der=der,
         version=certificate.version,
-        serial_number=serial_number,
-        algorithm=algorithm,
-        outer_algorithm=outer,
-        tbs=certificate.tbs_certificate_bytes,
+        serial_number=parts.serial_number,
+        algorithm=parts.algorithm,
+        outer_algorithm=parts.outer_algorithm,
+        tbs=parts.tbs,
         signature=certificate.signature,
-        common_name=str(names[0].value) if len(names) == 1 else None,
-        subject=certificate.subject.public_bytes(),
-        issuer=certificate.issuer.public_bytes(),
+        common_name=_common_name(parts.subject),
+        subject=parts.subject,
+        issuer=parts.issuer,
         not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
         key=certificate.public_key(),
-        basic_constraints=cast(x509.BasicConstraints, basic.value) if basic else None,
-        key_usage=cast(x509.KeyUsage, usage.value) if usage else None,
+        basic_constraints=basic,
+        key_usage=usage,
         extensions=raw,
-        unknown_critical=tuple(oid for oid, ext in extensions.items() if ext.critical and oid not in known),
+        unknown_critical=tuple(unknown_critical),
     )
 
 
 def _crl_facts(der: bytes) -> RevocationList:
     crl = x509.load_der_x509_crl(der)
-    algorithm, outer = _algorithm_identifiers(der, version_tag=0x02, skip=0)
+    parts = _crl_parts(der)
     return RevocationList(
-        algorithm=algorithm,
-        outer_algorithm=outer,
-        tbs=crl.tbs_certlist_bytes,
+        algorithm=parts.algorithm,
+        outer_algorithm=parts.outer_algorithm,
+        tbs=parts.tbs,
         signature=crl.signature,
-        issuer=crl.issuer.public_bytes(),
+        issuer=parts.issuer,
         last_update=crl.last_update_utc,
         next_update=crl.next_update_utc,
         revoked=frozenset(entry.serial_number for entry in crl),
@@ -192,12 +199,13 @@ def _crl_facts(der: bytes) -> RevocationList:
     )
 
 
-def _load(der: bytes) -> tuple[x509.Certificate, int]:
+def _load(der: bytes, serial_number: int) -> x509.Certificate:
+    if serial_number > 0:
+        return x509.load_der_x509_certificate(der)
     # Every VEK that AMD issues has serial number 0, which the library warns of.
     with _warning_filters, warnings.catch_warnings():
         warnings.simplefilter("ignore", CryptographyDeprecationWarning)
-        certificate = x509.load_der_x509_certificate(der)
-        return certificate, certificate.serial_number
+        return x509.load_der_x509_certificate(der)
 
 
 def _bound(der: bytes, max_bytes: int) -> None:
@@ -205,29 +213,80 @@ def _bound(der: bytes, max_bytes: int) -> None:
         raise TooLargeError(f"expected at most {max_bytes} bytes, got {len(der)}")
 
 
-def _algorithm_identifiers(der: bytes, *, version_tag: int, skip: int) -> tuple[bytes, bytes]:
-    """The signed (inner) and the unsigned (outer) AlgorithmIdentifier, as bytes: parsers may hide a difference."""
-    _, start, _ = _element(der, 0)
-    _, position, tbs_end = _element(der, start)
-    tag, _, end = _element(der, position)
-    if tag == version_tag:
-        position = end
-    for _ in range(skip):
-        position = _element(der, position)[2]
-    return der[position : _element(der, position)[2]], der[tbs_end : _element(der, tbs_end)[2]]
+class _Parts(NamedTuple):
+    """Slices of a signed DER structure, as they stand in its file: a parser's view of them may hide a difference."""
+
+    tbs: bytes
+    algorithm: bytes
+    outer_algorithm: bytes
+    issuer: bytes
+    subject: bytes
+    serial_number: int
+
+
+def _certificate_parts(der: bytes) -> _Parts:
+    """RFC 5280, 4.1: version (which the first lacks), serial number, algorithm, issuer, validity, subject."""
+    _, tbs, _ = _element(der, 0)
+    _, number, outer = _element(der, tbs)
+    tag, _, after = _element(der, number)
+    if tag == _VERSION:
+        number = after
+    _, digits, algorithm = _element(der, number)
+    _, _, issuer = _element(der, algorithm)
+    _, _, validity = _element(der, issuer)
+    _, _, subject = _element(der, validity)
+    _, _, end = _element(der, subject)
+    _, _, signature = _element(der, outer)
+    return _Parts(
+        tbs=der[tbs:outer],
+        algorithm=der[algorithm:issuer],
+        outer_algorithm=der[outer:signature],
+        issuer=der[issuer:validity],
+        subject=der[subject:end],
+        serial_number=int.from_bytes(der[digits:algorithm], "big", signed=True),
+    )
+
+
+def _crl_parts(der: bytes) -> _Parts:
+    """RFC 5280, 5.1: version (the second has it), algorithm, issuer. A list has no subject and no number."""
+    _, tbs, _ = _element(der, 0)
+    _, algorithm, outer = _element(der, tbs)
+    tag, _, after = _element(der, algorithm)
+    if tag == _INTEGER:
+        algorithm = after
+    _, _, issuer = _element(der, algorithm)
+    _, _, end = _element(der, issuer)
+    _, _, signature = _element(der, outer)
+    return _Parts(der[tbs:outer], der[algorithm:issuer], der[outer:signature], der[issuer:end], b"", 0)
+
+
+def _common_name(name: bytes) -> str | None:
+    """The one common name in a DER ``Name``; None if there is none, or more than one. All its texts have to be texts."""
+    found: list[str] = []
+    _, rdn, end = _element(name, 0)
+    while rdn < end:
+        _, attribute, rdn = _element(name, rdn)
+        while attribute < rdn:
+            _, oid, attribute = _element(name, attribute)
+            value = oid + 2 + name[oid + 1]  # the library reads no OID whose length is not short
+            tag, start, stop = _element(name, value)
+            text = name[start:stop].decode("utf-8") if tag in _TEXT else ""
+            if name[oid:value] == _COMMON_NAME_OID:
+                found.append(text)
+    return found[0] if len(found) == 1 else None
 
 
 def _element(der: bytes, offset: int) -> tuple[int, int, int]:
     """Tag, start and end of the contents of the DER element at ``offset``."""
-    tag, first = der[offset], der[offset + 1]
     start = offset + 2
-    length = first
-    if first >= 0x80:
-        start += first & 0x7F
+    length = der[offset + 1]
+    if length >= 0x80:
+        start += length & 0x7F
         length = int.from_bytes(der[offset + 2 : start], "big")
-    if start + length > len(der):
+    end = start + length
+    if end > len(der):
         raise MalformedError("a DER element ends outside its file")
-    return tag, start, start + length
+    return der[offset], start, end
 
 
 # --- facts judged -----------------------------------------------------------------------------------------------------
@@ -273,7 +332,7 @@ def signed_by(tbs: bytes, signature: bytes, authority: Certificate) -> bool:
     if not isinstance(authority.key, rsa.RSAPublicKey):
         return False
     try:
-        authority.key.verify(signature, tbs, padding.PSS(padding.MGF1(SHA384()), 48), SHA384())
+        authority.key.verify(signature, tbs, _PSS, _SHA384)
     except InvalidSignature:
         return False
     return True
@@ -299,11 +358,9 @@ def _extension(vek: Certificate, oid: str) -> bytes:
 
 def _small_integer(vek: Certificate, oid: str) -> int:
     """A DER INTEGER from 0 to 255, in its only encoding."""
-    value = _extension(vek, oid)
-    number = int.from_bytes(value[2:], "big")
-    canonical = bytes((2, 1, number)) if number < 0x80 else bytes((2, 2, 0, number & 0xFF))
-    if number > 255 or value != canonical:
-        raise VerificationError(f"expected a number from 0 to 255 in extension {oid}")
+    number = _SMALL_INTEGERS.get(vek.extensions.get(oid, b""))
+    if number is None:
+        raise VerificationError(f"expected a number from 0 to 255 in extension {oid} of the VEK certificate")
     return number
 
 

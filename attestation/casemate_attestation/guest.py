@@ -1,6 +1,7 @@
-"""How a guest asks its chip for an attestation report.
+"""How a guest asks its chip for evidence.
 
-:class:`ConfigfsGuest` is for real SEV-SNP guests (Linux 6.7 and newer, ``Documentation/ABI/testing/configfs-tsm``).
+:class:`ConfigfsGuest` is for real SEV-SNP guests (Linux 6.7 and newer, ``Documentation/ABI/testing/configfs-tsm``);
+:mod:`.guest_sev` speaks the older ``/dev/sev-guest``, and :mod:`.guest_vtpm` to the virtual TPM of an Azure guest.
 :class:`SimulatedGuest` asks the simulated chip's process over a Unix socket: frames of a 4-byte big-endian length and a
 canonical message.
 """
@@ -12,14 +13,15 @@ import socket
 import ssl
 import struct
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Protocol
+from typing import Annotated, ClassVar, Final, Literal, Protocol, TypeVar
 from uuid import UUID
 
 from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import MalformedError, ParameterError, SetupError, TooLargeError, UnavailableError
-from pydantic import Field
+from casemate_schemas.evidence import Component, SevSnp
+from pydantic import Field, ValidationError
 
 from .certificates import MAX_CERTIFICATE_BYTES
 from .report import REPORT_BYTES
@@ -27,6 +29,7 @@ from .report import REPORT_BYTES
 CONFIGFS_REPORTS: Final = Path("/sys/kernel/config/tsm/report")
 MAX_FRAME_BYTES: Final = 64 << 10
 REPORT_DATA_BYTES: Final = 64
+DERIVED_KEY_BYTES: Final = 32
 
 _VCEK = UUID("63da758d-e664-4564-adc5-f4b93be8accd")
 _VLEK = UUID("a8074bc2-a25a-483e-aae6-39c045a0b8a1")
@@ -36,44 +39,83 @@ _TABLE_ENTRY = struct.Struct("<16sII")
 _MAX_TABLE_BYTES: Final = 1 << 20
 _MAX_TABLE_ENTRIES: Final = 32
 
+_R = TypeVar("_R", bound=WireModel)
+
 Der = Annotated[bytes, Field(min_length=1, max_length=MAX_CERTIFICATE_BYTES)]
 
 
-@dataclass(frozen=True, slots=True)
-class Attested:
-    """One report and what it takes to verify it: DER of VEK, intermediate (ASK or ASVK) and ARK."""
+CertificateSource = Callable[[bytes], tuple[bytes, bytes, bytes]]
+"""Given a raw report: DER of the VEK that signed it, of the intermediate (ASK or ASVK) and of the ARK.
 
-    report: bytes
-    certificates: tuple[bytes, bytes, bytes]
+For guests whose host hands out no certificates, or not the right ones. May raise any :class:`CasemateError`.
+"""
 
 
 class GuestDriver(Protocol):
     """A way to the chip."""
 
-    def attest(self, report_data: bytes) -> Attested:
-        """A fresh report over ``report_data`` (64 bytes). Blocks for milliseconds.
+    def attest(self, report_data: bytes) -> Component:
+        """Fresh evidence that covers ``report_data`` (64 bytes). Blocks for milliseconds.
 
-        Raises :class:`ParameterError` for another length, :class:`SetupError` if this machine cannot attest, and
-        :class:`UnavailableError` if it cannot just now.
+        Raises :class:`ParameterError` for another length, :class:`SetupError` if this machine cannot attest,
+        :class:`UnavailableError` if it cannot just now, and :class:`MalformedError` if what came makes no evidence.
         """
         ...
 
 
-class ChipRequest(WireModel):
-    """To the simulated chip: sign a report over these bytes."""
+class KeySource(Protocol):
+    """A chip that gives a guest a key of its own."""
 
-    KIND: ClassVar[str] = "chip-request"
+    def derive_key(self, context: bytes) -> bytes:
+        """32 secret bytes: the same for this image under this guest policy on this chip, at every start, and no other's.
 
+        ``context`` keeps keys for different purposes apart. Raises :class:`SetupError` if this machine derives no keys,
+        and :class:`UnavailableError` if it cannot just now.
+        """
+        ...
+
+
+class KeyedGuest(GuestDriver, KeySource, Protocol):
+    """A way to the chip for evidence and for keys: what an enclave that keeps a state needs."""
+
+
+class ChipReportRequest(WireModel):
+    """Sign a report over these bytes."""
+
+    op: Literal["report"] = "report"
     report_data: Annotated[bytes, Field(min_length=REPORT_DATA_BYTES, max_length=REPORT_DATA_BYTES)]
 
 
+class ChipKeyRequest(WireModel):
+    """Derive a key for this context."""
+
+    op: Literal["key"] = "key"
+    context: Annotated[bytes, Field(max_length=256)]
+
+
+class ChipRequest(WireModel):
+    """To the simulated chip."""
+
+    KIND: ClassVar[str] = "chip-request"
+
+    body: Annotated[ChipReportRequest | ChipKeyRequest, Field(discriminator="op")]
+
+
 class ChipResponse(WireModel):
-    """From the simulated chip."""
+    """From the simulated chip: a report."""
 
     KIND: ClassVar[str] = "chip-response"
 
     report: Annotated[bytes, Field(min_length=REPORT_BYTES, max_length=REPORT_BYTES)]
     certificates: tuple[Der, Der, Der]
+
+
+class ChipKeyResponse(WireModel):
+    """From the simulated chip: a key."""
+
+    KIND: ClassVar[str] = "chip-key-response"
+
+    key: Annotated[bytes, Field(min_length=DERIVED_KEY_BYTES, max_length=DERIVED_KEY_BYTES, repr=False)]
 
 
 def check_report_data(report_data: bytes) -> None:
@@ -85,13 +127,25 @@ def check_report_data(report_data: bytes) -> None:
 # --- a real chip ------------------------------------------------------------------------------------------------------
 
 
+def snp_component(report: bytes, certificates: tuple[bytes, bytes, bytes]) -> SevSnp:
+    """The component of a report and its certificates. Raises :class:`MalformedError` if one cannot be what it is for."""
+    try:
+        return SevSnp(report=report, certificates=certificates)
+    except ValidationError as error:
+        raise MalformedError(f"expected a report of {REPORT_BYTES} bytes and three certificates") from error
+
+
 class ConfigfsGuest:
-    """A :class:`GuestDriver` on Linux' configfs-tsm; the host must provide the certificates beside the report."""
+    """A :class:`GuestDriver` on Linux' configfs-tsm.
 
-    def __init__(self, folder: Path = CONFIGFS_REPORTS) -> None:
+    The certificates come from ``certificates`` where it is given, and from the host, beside the report, where not.
+    """
+
+    def __init__(self, folder: Path = CONFIGFS_REPORTS, certificates: CertificateSource | None = None) -> None:
         self._folder = folder
+        self._certificates = certificates
 
-    def attest(self, report_data: bytes) -> Attested:
+    def attest(self, report_data: bytes) -> SevSnp:
         """See :meth:`GuestDriver.attest`."""
         check_report_data(report_data)
         if not self._folder.is_dir():
@@ -100,7 +154,9 @@ class ConfigfsGuest:
             report, table = self._ask(report_data)
         except OSError as error:
             raise UnavailableError(f"the chip gave no report: {error.strerror}") from error
-        return Attested(report, certificates_of_table(table))
+        if self._certificates is not None:
+            return snp_component(report, self._certificates(report))
+        return snp_component(report, certificates_of_table(table))
 
     def _ask(self, report_data: bytes) -> tuple[bytes, bytes]:
         entry = self._folder / f"casemate-{secrets.token_hex(8)}"
@@ -181,33 +237,40 @@ class SimulatedGuest:
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
 
-    def attest(self, report_data: bytes) -> Attested:
+    def attest(self, report_data: bytes) -> SevSnp:
         """See :meth:`GuestDriver.attest`."""
         check_report_data(report_data)
-        with self._lock:
-            try:
-                response = self._exchange(encode(ChipRequest(report_data=report_data)))
-            except OSError as error:
-                self._disconnect()
-                raise UnavailableError(f"the simulated chip at {self._path} does not answer") from error
-            except MalformedError:
-                self._disconnect()
-                raise
-        return Attested(response.report, response.certificates)
+        response = self._ask(ChipReportRequest(report_data=report_data), ChipResponse)
+        return SevSnp(report=response.report, certificates=response.certificates)
+
+    def derive_key(self, context: bytes) -> bytes:
+        """See :meth:`KeySource.derive_key`."""
+        return self._ask(ChipKeyRequest(context=context), ChipKeyResponse).key
 
     def close(self) -> None:
         """End the launch."""
         with self._lock:
             self._disconnect()
 
-    def _exchange(self, request: bytes) -> ChipResponse:
+    def _ask(self, body: ChipReportRequest | ChipKeyRequest, answer: type[_R]) -> _R:
+        with self._lock:
+            try:
+                return decode(answer, self._exchange(encode(ChipRequest(body=body))), max_bytes=MAX_FRAME_BYTES)
+            except OSError as error:
+                self._disconnect()
+                raise UnavailableError(f"the simulated chip at {self._path} does not answer") from error
+            except MalformedError:
+                self._disconnect()
+                raise
+
+    def _exchange(self, request: bytes) -> bytes:
         if self._connection is None:
             self._connection = self._connect()
         self._connection.sendall(len(request).to_bytes(4, "big") + request)
         length = int.from_bytes(_receive(self._connection, 4), "big")
         if length > MAX_FRAME_BYTES:
             raise TooLargeError(f"expected a frame of at most {MAX_FRAME_BYTES} bytes, got {length}")
-        return decode(ChipResponse, _receive(self._connection, length), max_bytes=MAX_FRAME_BYTES)
+        return _receive(self._connection, length)
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -73,6 +73,7 @@ class PolicyFile(BaseModel):
     chip_ids: Annotated[tuple[HexChip, ...], Listed] | None = None
     csp_ids: Annotated[tuple[CspId, ...], Listed] | None = None
     crl_required: bool = False
+    max_crl_age_s: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
 
     @classmethod
     def parse(cls, data: bytes | str) -> Self:
@@ -117,6 +118,7 @@ class PolicyFile(BaseModel):
             chip_ids=_all_bytes(self.chip_ids),
             csp_ids=self.csp_ids or (),
             crl_required=self.crl_required,
+            max_crl_age_s=self.max_crl_age_s,
         )
 
 

@@ -6,6 +6,8 @@ CPUID_MOD_ID; AMD 57230 (KDS: the 8-byte hwID of Turin). Bergamo and Siena use G
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from casemate_schemas.attestation_policy import AMD_ARK_SHA256, AMD_ROOTS, FirmwareVersion, Product, TcbVersion
 
 __all__ = ["AMD_ARK_SHA256", "AMD_ROOTS", "Product", "TcbVersion"]
@@ -17,6 +19,8 @@ _TCB_BYTES: dict[Product, dict[str, int]] = {
     "Genoa": {"bl": 0, "tee": 1, "snp": 6, "ucode": 7},
     "Turin": {"fmc": 0, "bl": 1, "tee": 2, "snp": 3, "ucode": 7},
 }
+
+_TCB_RESERVED = {name: [n for n in range(8) if n not in used.values()] for name, used in _TCB_BYTES.items()}
 
 CHIP_ID_BYTES: dict[Product, int] = {"Milan": 64, "Genoa": 64, "Turin": 8}
 
@@ -35,6 +39,7 @@ def product_of_cpuid(family: int, model: int) -> Product | None:
     return None
 
 
+@lru_cache(maxsize=256)
 def decode_tcb(raw: bytes, product: Product) -> TcbVersion:
     """The components of the 8-byte TCB_VERSION ``raw``."""
     return TcbVersion(**{name: raw[position] for name, position in _TCB_BYTES[product].items()})
@@ -50,8 +55,7 @@ def encode_tcb(tcb: TcbVersion, product: Product) -> bytes:
 
 def tcb_reserved_is_zero(raw: bytes, product: Product) -> bool:
     """Whether the bytes of TCB_VERSION that ``product`` does not use are zero."""
-    used = _TCB_BYTES[product].values()
-    return not any(value for position, value in enumerate(raw) if position not in used)
+    return not any(raw[position] for position in _TCB_RESERVED[product])
 
 
 def dotted(version: FirmwareVersion) -> str:

@@ -18,20 +18,23 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
 from casemate_schemas.attestation_policy import AcceptedProduct, FirmwareVersion
 from casemate_schemas.codec import decode, encode, pack
 from casemate_schemas.errors import CasemateError, SetupError
+from casemate_schemas.evidence import SevSnp
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
 
 from .certificates import (
@@ -47,7 +50,15 @@ from .certificates import (
     parse_certificate,
     vek_profile,
 )
-from .guest import MAX_FRAME_BYTES, Attested, ChipRequest, ChipResponse, check_report_data
+from .guest import (
+    DERIVED_KEY_BYTES,
+    MAX_FRAME_BYTES,
+    ChipKeyRequest,
+    ChipKeyResponse,
+    ChipRequest,
+    ChipResponse,
+    check_report_data,
+)
 from .policy_file import read_bounded
 from .products import CHIP_ID_BYTES, CPUID, Product, TcbVersion, encode_tcb
 from .report import ECDSA_P384_SHA384, AttestationReport, join_signature
@@ -61,6 +72,14 @@ WORKER_PACKAGES: Final = (
     "casemate_worker",
 )
 """The import packages that make up a worker image."""
+KEY_BROKER_PACKAGES: Final = (
+    "casemate_schemas",
+    "casemate_attestation",
+    "casemate_privacy",
+    "casemate_messaging",
+    "casemate_key_broker",
+)
+"""The import packages that make up the image of an enclave-hosted key broker."""
 _LEFT_OUT: Final = "casemate_attestation/simulated_chip.py"
 
 DEFAULT_TCB: Final = TcbVersion(bl=4, snp=24, ucode=219)
@@ -84,6 +103,11 @@ def measure_worker_image() -> bytes:
     Raises :class:`SetupError` if a package of the image is not installed.
     """
     return measure_packages({name: _folder_of(name) for name in WORKER_PACKAGES})
+
+
+def measure_key_broker_image() -> bytes:
+    """The same of the key broker that it would start in an enclave. Raises :class:`SetupError` likewise."""
+    return measure_packages({name: _folder_of(name) for name in KEY_BROKER_PACKAGES})
 
 
 def measure_packages(folders: Mapping[str, Path]) -> bytes:
@@ -324,6 +348,12 @@ class SimulatedChip:
         r, s = decode_dss_signature(self._key.sign(body, ec.ECDSA(SHA384())))
         return join_signature(body, r, s)
 
+    def derive_key(self, template: AttestationReport, context: bytes) -> bytes:
+        """As a real chip would: from a secret of its own, the launch measurement and the guest policy."""
+        secret = self._key.private_numbers().private_value.to_bytes(48, "big")
+        info = pack(("casemate simulated derived key v1", template.measurement, template.policy, context))
+        return HKDF(SHA256(), DERIVED_KEY_BYTES, salt=None, info=info).derive(secret)
+
     def save(self, folder: Path) -> None:
         """Write certificates and the chip's key, the latter for its owner's eyes only. ``folder`` must be private."""
         _require_private(folder)
@@ -351,17 +381,21 @@ class SimulatedChip:
 
 
 class Launch:
-    """One launched guest: a :class:`~casemate_attestation.guest.GuestDriver` inside the chip's own process."""
+    """One launched guest: a :class:`~casemate_attestation.guest.KeyedGuest` inside the chip's own process."""
 
     def __init__(self, chip: SimulatedChip, template: AttestationReport) -> None:
         self._chip = chip
         self.template = template
 
-    def attest(self, report_data: bytes) -> Attested:
+    def attest(self, report_data: bytes) -> SevSnp:
         """A fresh report over ``report_data`` (64 bytes)."""
         check_report_data(report_data)
         body = replace(self.template, report_data=report_data).body()
-        return Attested(self._chip.sign(body), self._chip.certificates)
+        return SevSnp(report=self._chip.sign(body), certificates=self._chip.certificates)
+
+    def derive_key(self, context: bytes) -> bytes:
+        """See :meth:`~casemate_attestation.guest.KeySource.derive_key`."""
+        return self._chip.derive_key(self.template, context)
 
 
 _KEY_FILE: Final = "SIMULATED-vcek-key.pem"
@@ -399,34 +433,43 @@ def _require_private(folder: Path) -> None:
 
 
 class ChipServer:
-    """The chip behind a Unix socket: one connection is one launch."""
+    """The chip behind Unix sockets, one for each image that can be launched: one connection is one launch."""
 
     def __init__(self, chip: SimulatedChip, host_data: bytes) -> None:
         self._chip = chip
         self._host_data = host_data
         self._launches = 0
 
-    async def serve(self, socket_path: Path) -> None:
-        """Serve until SIGTERM or SIGINT. The socket's folder must be private; the socket goes away at the end."""
-        socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_private(socket_path.parent)
+    async def serve(self, worker_socket: Path, key_broker_socket: Path | None = None) -> None:
+        """Serve until SIGTERM or SIGINT. The sockets' folders must be private; the sockets go away at the end."""
+        images = {worker_socket: measure_worker_image}
+        if key_broker_socket is not None:
+            images[key_broker_socket] = measure_key_broker_image
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        server = await asyncio.start_unix_server(self._launch, socket_path)
+        servers = [await self._listen(path, measure) for path, measure in images.items()]
         ready = {"level": "info", "program": "simulated-chip", "event": "ready", "simulation": True}
         print(json.dumps(ready), file=sys.stderr, flush=True)  # noqa: T201
         try:
             await stop.wait()
         finally:
-            server.close()
-            socket_path.unlink(missing_ok=True)
+            for server, path in zip(servers, images, strict=True):
+                server.close()
+                path.unlink(missing_ok=True)
 
-    async def _launch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _listen(self, path: Path, measure: Callable[[], bytes]) -> asyncio.Server:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_private(path.parent)
+        return await asyncio.start_unix_server(partial(self._launch, measure), path)
+
+    async def _launch(
+        self, measure: Callable[[], bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self._launches += 1
         try:
             if self._launches <= _MAX_LAUNCHES:
-                await self._answer(self._chip.launch(measure_worker_image(), self._host_data), reader, writer)
+                await self._answer(self._chip.launch(measure(), self._host_data), reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             _log.debug("launch ended")  # by the guest, or by the end of this process
         except CasemateError as error:
@@ -441,16 +484,23 @@ class ChipServer:
                 _log.warning("launch refused: frame too long")
                 return
             request = decode(ChipRequest, await reader.readexactly(length), max_bytes=MAX_FRAME_BYTES)
-            attested = launch.attest(request.report_data)
-            response = encode(ChipResponse(report=attested.report, certificates=attested.certificates))
+            response = encode(_answer_of(launch, request))
             writer.write(len(response).to_bytes(4, "big") + response)
             await writer.drain()
+
+
+def _answer_of(launch: Launch, request: ChipRequest) -> ChipResponse | ChipKeyResponse:
+    if isinstance(request.body, ChipKeyRequest):
+        return ChipKeyResponse(key=launch.derive_key(request.body.context))
+    attested = launch.attest(request.body.report_data)
+    return ChipResponse(report=attested.report, certificates=attested.certificates)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command ``python -m casemate_attestation.simulated_chip``."""
     parser = argparse.ArgumentParser(description="A SIMULATED SEV-SNP chip. It proves nothing about this machine.")
     parser.add_argument("--socket", type=Path, required=True, help="the Unix socket to serve, in a private folder")
+    parser.add_argument("--key-broker-socket", type=Path, help="another, whose launches are hosted key brokers")
     parser.add_argument("--key-dir", type=Path, required=True, help="the folder that create_hierarchy wrote")
     parser.add_argument(
         "--host-data", type=bytes.fromhex, default=bytes(32), help="HOST_DATA of launches, 32 bytes in hex"
@@ -460,7 +510,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("expected 32 bytes of host data")
     try:
         chip = SimulatedChip.load(options.key_dir)
-        asyncio.run(ChipServer(chip, options.host_data).serve(options.socket))
+        asyncio.run(ChipServer(chip, options.host_data).serve(options.socket, options.key_broker_socket))
     except (CasemateError, OSError) as error:
         raise SystemExit(f"simulated chip: {error}") from error
 

@@ -7,7 +7,6 @@ in REPORT_DATA do that.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
@@ -19,26 +18,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
 
-from .certificates import (
-    INTERMEDIATE_PREFIX,
-    Certificate,
-    Chain,
-    RevocationList,
-    VekFacts,
-    authority_profile,
-    crl_profile,
-    parse_certificate,
-    parse_crl,
-    signed_by,
-    vek_profile,
-)
-from .products import AMD_ROOTS, PRODUCTS, Product, decode_tcb, dotted, product_of_cpuid, tcb_reserved_is_zero
+from .certificates import Certificate, RevocationList, VekFacts, crl_profile, parse_crl, signed_by
+from .chain import CHAIN_LENGTH, Chain, ChainCache, JudgedChain, judge_chain, parse_chain
+from .products import AMD_ROOTS, Product, decode_tcb, dotted, product_of_cpuid, tcb_reserved_is_zero
 from .report import ECDSA_P384_SHA384, AttestationReport
 from .verdict import Checklist, Claims, Verdict
 
 _P384_ORDER: Final = int(
     "ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16
 )
+_FORMAT: Final = "DER of VEK, intermediate and ARK"
+_PROFILE: Final = "AMD's profiles of VEK, intermediate and ARK"
 
 
 def verify(
@@ -47,6 +37,7 @@ def verify(
     policy: AppraisalPolicy,
     now: datetime,
     crl: bytes | None = None,
+    chains: ChainCache | None = None,
 ) -> Verdict:
     """Whether a chip under one of the policy's roots signed ``report``.
 
@@ -72,6 +63,7 @@ def verify(
         policy: its ``simulation`` and ``products`` say which roots are trusted; nothing else of it is used.
         now: the time to verify at, with a time zone.
         crl: DER of the ARK's revocation list.
+        chains: chains that were judged before; the verdict is the same without.
 
     Returns: a verdict; it carries claims if, and only if, every check passed. Hostile input never raises.
 
@@ -88,17 +80,18 @@ def verify(
     # 2.
     _check_fields(checks, parsed)
     # 3.
-    if (chain := _parse_chain(checks, certificates)) is None or (vek := _check_profiles(checks, chain)) is None:
+    known = None if chains is None else chains.find(certificates)
+    if (judged := _judge_chain(checks, certificates, known)) is None:
         return checks.verdict()
+    chain, vek = judged.chain, judged.vek
     # 4.
-    product = _check_chain(checks, parsed, chain, vek, policy)
+    _check_chain(checks, parsed, judged, policy)
     # 5.
     _check_validity(checks, chain, now)
     # 6.
-    if crl is not None:
-        _check_revocation(checks, crl, chain, now)
+    crl_age_s = None if crl is None else _check_revocation(checks, crl, chain, now)
     # 7.
-    _check_product(checks, parsed, vek, product)
+    _check_product(checks, parsed, vek, judged.product)
     # 8.
     _check_signature(checks, parsed, chain.vek)
     # 9.
@@ -106,7 +99,10 @@ def verify(
         _check_chip_id(checks, parsed, vek.hardware_id)
     # 10.
     _check_tcb(checks, parsed, vek)
-    return checks.verdict(_claims(parsed, chain, vek, policy, has_crl=crl is not None))
+    verdict = checks.verdict(_claims(parsed, judged, policy, crl_age_s))
+    if chains is not None and known is None and verdict.claims is not None:
+        chains.remember(judged)
+    return verdict
 
 
 def _parse_report(checks: Checklist, report: bytes) -> AttestationReport | None:
@@ -131,63 +127,40 @@ def _check_fields(checks: Checklist, report: AttestationReport) -> None:
     checks.record("signer", report.signing_key is not None, "vcek or vlek", signer)
 
 
-def _parse_chain(checks: Checklist, certificates: Sequence[bytes]) -> Chain | None:
-    name, expected = "certificate_format", "DER of VEK, intermediate and ARK"
-    if len(certificates) != 3:
-        checks.record(name, False, expected, f"{len(certificates)} certificates")
+def _judge_chain(checks: Checklist, certificates: Sequence[bytes], known: JudgedChain | None) -> JudgedChain | None:
+    """Both checks of the certificates' form; a known chain passed them when it was judged."""
+    if known is not None:
+        checks.record("certificate_format", True, _FORMAT)
+        checks.record("certificate_profile", True, _PROFILE)
+        return known
+    if len(certificates) != CHAIN_LENGTH:
+        checks.record("certificate_format", False, _FORMAT, f"{len(certificates)} certificates")
         return None
     try:
-        chain = Chain(*(parse_certificate(der) for der in certificates))
+        chain = parse_chain(certificates)
     except MalformedError as error:
-        checks.record(name, False, expected, str(error))
+        checks.record("certificate_format", False, _FORMAT, str(error))
         return None
-    checks.record(name, True, expected)
-    return chain
-
-
-def _check_profiles(checks: Checklist, chain: Chain) -> VekFacts | None:
-    name, expected = "certificate_profile", "AMD's profiles of VEK, intermediate and ARK"
+    checks.record("certificate_format", True, _FORMAT)
     try:
-        vek = vek_profile(chain.vek)
-        authority_profile(chain.intermediate, may_issue_crls=False)
-        authority_profile(chain.ark, may_issue_crls=True)
+        judged = judge_chain(chain)
     except VerificationError as error:
-        checks.record(name, False, expected, str(error))
+        checks.record("certificate_profile", False, _PROFILE, str(error))
         return None
-    checks.record(name, True, expected)
-    return vek
+    checks.record("certificate_profile", True, _PROFILE)
+    return judged
 
 
-def _check_chain(
-    checks: Checklist, report: AttestationReport, chain: Chain, vek: VekFacts, policy: AppraisalPolicy
-) -> Product | None:
-    """The product of the chain, by the intermediate's name."""
+def _check_chain(checks: Checklist, report: AttestationReport, judged: JudgedChain, policy: AppraisalPolicy) -> None:
+    kind = judged.vek.kind
     if report.signing_key is not None:
-        checks.record("signer_certificate", report.signing_key == vek.kind, f"a {report.signing_key}", f"a {vek.kind}")
-    product = next((p for p in PRODUCTS if chain.intermediate.common_name == INTERMEDIATE_PREFIX[vek.kind] + p), None)
-    digest = hashlib.sha256(chain.ark.der).digest()
-    pins = {pin for accepted in policy.products if accepted.product == product for pin in accepted.ark_sha256}
-    kind = "a simulated" if policy.simulation else "AMD's"
-    trusted = digest in pins and (digest in AMD_ROOTS) != policy.simulation
-    checks.record("root", trusted, f"{kind} pinned ARK for {product}", f"SHA-256 {digest.hex()}")
-    problem = _chain_problem(chain, vek, product)
-    checks.record("chain", problem is None, "ARK signed the intermediate, which signed the VEK", problem)
-    return product
-
-
-def _chain_problem(chain: Chain, vek: VekFacts, product: Product | None) -> str | None:
-    """What is wrong with names, issuers or signatures of the chain."""
-    if product is None:
-        return f"a {vek.kind} under {chain.intermediate.common_name!r}"
-    if chain.ark.common_name != f"ARK-{product}":
-        return f"root {chain.ark.common_name!r} over {chain.intermediate.common_name!r}"
-    links = ((chain.vek, chain.intermediate), (chain.intermediate, chain.ark), (chain.ark, chain.ark))
-    for subject, authority in links:
-        if subject.issuer != authority.subject:
-            return f"another issuer of {subject.common_name!r} than {authority.common_name!r}"
-        if not signed_by(subject.tbs, subject.signature, authority):
-            return f"a signature on {subject.common_name!r} that is not by {authority.common_name!r}"
-    return None
+        checks.record("signer_certificate", report.signing_key == kind, f"a {report.signing_key}", f"a {kind}")
+    digest, product = judged.ark_sha256, judged.product
+    pinned = any(accepted.product == product and digest in accepted.ark_sha256 for accepted in policy.products)
+    root = "a simulated" if policy.simulation else "AMD's"
+    trusted = pinned and (digest in AMD_ROOTS) != policy.simulation
+    checks.record("root", trusted, f"{root} pinned ARK for {product}", f"SHA-256 {digest.hex()}")
+    checks.record("chain", judged.problem is None, "ARK signed the intermediate, which signed the VEK", judged.problem)
 
 
 def _check_validity(checks: Checklist, chain: Chain, now: datetime) -> None:
@@ -199,13 +172,18 @@ def _check_validity(checks: Checklist, chain: Chain, now: datetime) -> None:
     checks.record("validity", not outside, f"certificates in date at {now.isoformat()}", got or None)
 
 
-def _check_revocation(checks: Checklist, crl: bytes, chain: Chain, now: datetime) -> None:
+def _check_revocation(checks: Checklist, crl: bytes, chain: Chain, now: datetime) -> float | None:
+    """The list's age in seconds, if it is one."""
     expected = "a current list by the ARK without this chain's authorities"
+    age_s = None
     try:
-        problem = _revocation_problem(parse_crl(crl), chain, now)
+        parsed = parse_crl(crl)
+        problem = _revocation_problem(parsed, chain, now)
+        age_s = (now - parsed.last_update).total_seconds()
     except (MalformedError, VerificationError) as error:
         problem = str(error)
     checks.record("revocation", problem is None, expected, problem)
+    return age_s
 
 
 def _revocation_problem(crl: RevocationList, chain: Chain, now: datetime) -> str | None:
@@ -256,25 +234,27 @@ def _check_chip_id(checks: Checklist, report: AttestationReport, hardware_id: by
 
 def _check_tcb(checks: Checklist, report: AttestationReport, vek: VekFacts) -> None:
     raw = (report.current_tcb, report.reported_tcb, report.committed_tcb, report.launch_tcb)
-    clean = all(tcb_reserved_is_zero(tcb, vek.product) for tcb in raw)
-    checks.record("tcb_layout", clean, f"TCB versions of {vek.product}", ", ".join(tcb.hex() for tcb in raw))
+    unclean = [tcb.hex() for tcb in set(raw) if not tcb_reserved_is_zero(tcb, vek.product)]
+    checks.record("tcb_layout", not unclean, f"TCB versions of {vek.product}", ", ".join(unclean) or None)
     current, reported, committed, _ = (decode_tcb(tcb, vek.product) for tcb in raw)
-    checks.record("tcb_certificate", reported == vek.tcb, f"reported TCB {vek.tcb}", str(reported))
+    same = reported == vek.tcb
+    checks.record("tcb_certificate", same, f"reported TCB {vek.tcb}", None if same else str(reported))
     firmware = report.committed_firmware <= report.current_firmware
     ordered = current.covers(committed) and current.covers(reported) and firmware
-    got = f"committed {committed}, reported {reported}, firmware {dotted(report.committed_firmware)}"
-    checks.record("tcb_order", ordered, f"at most current {current}, firmware {dotted(report.current_firmware)}", got)
+    expected = f"at most current {current}, firmware {dotted(report.current_firmware)}"
+    got = (
+        None if ordered else f"committed {committed}, reported {reported}, firmware {dotted(report.committed_firmware)}"
+    )
+    checks.record("tcb_order", ordered, expected, got)
 
 
-def _claims(
-    report: AttestationReport, chain: Chain, vek: VekFacts, policy: AppraisalPolicy, *, has_crl: bool
-) -> Claims:
+def _claims(report: AttestationReport, judged: JudgedChain, policy: AppraisalPolicy, crl_age_s: float | None) -> Claims:
     return Claims(
         report=report,
-        product=vek.product,
-        ark_sha256=hashlib.sha256(chain.ark.der).digest(),
+        product=judged.vek.product,
+        ark_sha256=judged.ark_sha256,
         simulated=policy.simulation,
-        hardware_id=vek.hardware_id,
-        csp_id=vek.csp_id,
-        has_crl=has_crl,
+        hardware_id=judged.vek.hardware_id,
+        csp_id=judged.vek.csp_id,
+        crl_age_s=crl_age_s,
     )

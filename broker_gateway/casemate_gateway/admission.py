@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Literal
 
 from casemate_messaging.blobs import BlobStore
 from casemate_messaging.envelopes import EnvelopeStore
@@ -50,6 +50,9 @@ MAX_ANSWER_BYTES: Final = 8 << 10
 MAX_CONCURRENT_ROUNDS: Final = 16
 """Jobs being asked about at once; each holds its submission in memory."""
 
+Left = Literal["nothing", "answers", "approvals"]
+"""What a job still waits for: key brokers that did not answer, or people."""
+
 _EXPIRING: Final = frozenset[JobState]({"awaiting_approval", "queued", "claimed", "running"})
 """States that a passed deadline ends. From ``committing`` on a result may already be decided."""
 
@@ -61,7 +64,7 @@ class Admission:
         self,
         client: Client,
         *,
-        consortium: Consortium,
+        consortium: Callable[[], Consortium],
         jobs: JobStore,
         blobs: BlobStore,
         envelopes: EnvelopeStore,
@@ -72,6 +75,7 @@ class Admission:
         clock: Callable[[], int],
         key_broker_timeout_s: float,
         retry_s: float,
+        max_wait_s: float,
     ) -> None:
         self._client = client
         self._consortium = consortium
@@ -85,14 +89,26 @@ class Admission:
         self._clock = clock
         self._key_broker_timeout_s = key_broker_timeout_s
         self._retry_s = retry_s
+        self._max_wait_s = max_wait_s
+        self._woken: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._rounds = asyncio.Semaphore(MAX_CONCURRENT_ROUNDS)
 
     def take_up(self, job_id: str) -> None:
         """Begins or goes on admitting a job, in the background."""
         if job_id not in self._tasks:
+            self._woken[job_id] = asyncio.Event()
             self._tasks[job_id] = asyncio.create_task(self._admit(job_id))
-            self._tasks[job_id].add_done_callback(lambda _: self._tasks.pop(job_id, None))
+            self._tasks[job_id].add_done_callback(lambda _: self._forget(job_id))
+
+    def _forget(self, job_id: str) -> None:
+        self._tasks.pop(job_id, None)
+        self._woken.pop(job_id, None)
+
+    def wake(self, job_id: str) -> None:
+        """Somebody may have approved this job: it is asked about again, ``retry_s`` after the last time."""
+        if (event := self._woken.get(job_id)) is not None:
+            event.set()
 
     async def run(self, every_s: float) -> None:
         """Reconciles now and every ``every_s`` seconds, for ever."""
@@ -125,11 +141,15 @@ class Admission:
 
     async def _admit(self, job_id: str) -> None:
         """Asks again and again until the job waits no more. What fails here, the next reconciliation takes up."""
+        wait_s = self._retry_s
         try:
-            again = await self._round(job_id)
-            while again:
+            while (left := await self._round(job_id)) != "nothing":
                 await asyncio.sleep(self._retry_s)
-                again = await self._round(job_id)
+                if left == "answers":
+                    wait_s = self._retry_s
+                    continue
+                woken = await self._slept(job_id, wait_s - self._retry_s)
+                wait_s = self._retry_s if woken else min(2 * wait_s, max(self._max_wait_s, self._retry_s))
         except StateError:
             return  # somebody ended the job meanwhile
         except CasemateError as error:
@@ -137,8 +157,18 @@ class Admission:
         except Exception as error:
             self._log.error("unexpected", job_id=job_id, error=type(error).__name__)
 
-    async def _round(self, job_id: str) -> bool:
-        """One round of questions; whether another one is needed.
+    async def _slept(self, job_id: str, seconds: float) -> bool:
+        """Waits so long for somebody to wake the job; whether they did."""
+        event = self._woken[job_id]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await event.wait()
+        woken = event.is_set()
+        event.clear()
+        return woken
+
+    async def _round(self, job_id: str) -> Left:
+        """One round of questions; what another one is needed for.
 
         1. A job that waits no more, or no longer may, is left alone or expires.
         2. Every key broker that has not answered is asked, all at once; each answer is stored as it comes.
@@ -148,22 +178,23 @@ class Admission:
         """
         record, _ = await self._jobs.get(job_id)
         if record.state != "awaiting_approval":
-            return False
+            return "nothing"
         if record.deadline is not None and self._clock() >= record.deadline:
             await self._expire(job_id)
-            return False
+            return "nothing"
         async with self._rounds:
             record = await self._ask_pending(record)
         if record.state != "awaiting_approval":
-            return False
+            return "nothing"
         if any(approval.verdict == "refused" for approval in record.approvals.values()):
             await self._transitions.move(job_id, "refused", reason=record.reason or AuthorisationError.reason)
-            return False
-        if any(approval.verdict == "pending" for approval in record.approvals.values()):
-            return True
+            return "nothing"
+        pending = [approval for approval in record.approvals.values() if approval.verdict == "pending"]
+        if pending:
+            return "approvals" if all(approval.answer for approval in pending) else "answers"
         await self._queue.publish(job_id)
         await self._transitions.move(job_id, "queued")
-        return False
+        return "nothing"
 
     async def _ask_pending(self, record: JobRecord) -> JobRecord:
         """Puts the question to all who have not answered; the record with what they said."""
@@ -199,30 +230,41 @@ class Admission:
         except CasemateError as error:
             self._log.warning("answer_refused", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
             return "pending"
-        return await self._store(job, key_broker, Approval(verdict=decision.decision, answer=answer), decision.reason)
+        verdict = "pending" if decision.decision == "awaiting" else decision.decision
+        return await self._store(job, key_broker, Approval(verdict=verdict, answer=answer), decision.reason)
 
     def _verified(self, job: Job, key_broker: str, answer: bytes) -> PrecheckAnswer:
         """The answer, if that key broker signed it about these very terms."""
         signed = decode(Signed, answer, max_bytes=MAX_ANSWER_BYTES)
-        decision = signed.verify(PrecheckAnswer, self._consortium.manifest.key_broker(key_broker).signing_key)
+        consortium = self._consortium()
+        decision = signed.verify(PrecheckAnswer, consortium.manifest.key_broker(key_broker).signing_key)
         told = (decision.consortium, decision.key_broker, decision.job_id, decision.terms)
-        if told != (self._consortium.id, key_broker, job.routing.job_id, job.routing.terms):
+        if told != (consortium.id, key_broker, job.routing.job_id, job.routing.terms):
             raise SignatureError("the key broker's answer is about something else")
         if (decision.decision == "refused") != (decision.reason is not None):
             raise MalformedError("a refusal, and nothing else, has a reason")
         return decision
 
     async def _store(self, job: Job, key_broker: str, approval: Approval, reason: str | None) -> str:
-        """Writes one key broker's say into the record, whatever the others are doing to it; the verdict."""
+        """Writes one key broker's say into the record, whatever the others are doing to it; the verdict.
+
+        What is awaited now is told to those who watch.
+        """
+        is_news = False
 
         def said(record: JobRecord) -> JobRecord:
-            if record.state != "awaiting_approval" or record.approvals[key_broker].verdict != "pending":
+            nonlocal is_news
+            known = record.approvals[key_broker]
+            is_news = record.state == "awaiting_approval" and known.verdict == "pending" and known != approval
+            if not is_news:
                 return record
             changes = {} if record.reason or not reason else {"reason": reason}
             approvals = {**record.approvals, key_broker: approval}
             return revise(record, now_ms=self._clock(), approvals=approvals, **changes)
 
-        await self._jobs.change(job.record.job_id, said)
+        record = await self._jobs.change(job.record.job_id, said)
+        if is_news and approval.verdict == "pending":
+            await self._transitions.tell(record)
         return approval.verdict
 
     async def _expire(self, job_id: str) -> None:

@@ -16,12 +16,20 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
 from casemate_messaging.nonces import NonceStore
 from casemate_messaging.queue import WorkQueue
+from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.setup import StreamSettings, ensure_streams
-from casemate_schemas.api import CONSORTIUM_PATH, ENVELOPES_PATH, JOBS_PATH, KEY_BROKERS_PATH
-from casemate_schemas.codec import encode
-from casemate_schemas.consortium import Consortium, verify_chain
+from casemate_schemas.api import (
+    CONSORTIUM_PATH,
+    ENVELOPES_PATH,
+    JOBS_PATH,
+    KEY_BROKERS_PATH,
+    MANIFEST_PATH,
+    REVOCATIONS_PATH,
+)
+from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import CasemateError, SetupError, UnavailableError
 from nats.aio.client import Client
 
@@ -46,25 +54,30 @@ def wall_clock() -> int:
     return time.time_ns() // 1_000_000
 
 
-def read_chain(settings: Settings) -> tuple[bytes, Consortium]:
-    """The manifest chain's bytes and what they say. Raises :class:`SetupError` or :class:`ManifestError`."""
-    chain = settings.manifest_chain()
-    return encode(chain), verify_chain(chain, consortium=settings.consortium_id)
-
-
 def make_gateway(
-    settings: Settings, client: Client, *, origin: str, log: ProgramLog, clock: Callable[[], int] = wall_clock
+    settings: Settings,
+    client: Client,
+    manifests: TrustedManifests,
+    revocations: TrustedRevocations | None = None,
+    *,
+    origin: str,
+    log: ProgramLog,
+    clock: Callable[[], int] = wall_clock,
 ) -> Gateway:
     """A gateway over one NATS connection, for requests that are signed for ``origin``."""
-    chain, found = read_chain(settings)
+    revoked = revocations or TrustedRevocations(lambda: manifests.versions)
+
+    def consortium() -> Consortium:
+        return revoked.applied_to(manifests.current)
+
     blobs = BlobStore(client, may_purge=True)
     envelope_store = EnvelopeStore(client, blobs)
     job_store, job_events, queue = JobStore(client), JobEvents(client), WorkQueue(client)
-    records = RecordReader(found)
+    records = RecordReader(lambda: manifests.versions)
     transitions = Transitions(job_store, job_events, log, clock)
     admission = Admission(
         client,
-        consortium=found,
+        consortium=consortium,
         jobs=job_store,
         blobs=blobs,
         envelopes=envelope_store,
@@ -75,13 +88,16 @@ def make_gateway(
         clock=clock,
         key_broker_timeout_s=settings.key_broker_timeout_s,
         retry_s=settings.precheck_retry_s,
+        max_wait_s=settings.approval_poll_s,
     )
     return Gateway(
         settings=settings,
-        consortium=found,
-        manifest_chain=chain,
+        manifests=manifests,
+        manifest_store=ManifestStore(client),
+        revocations=revoked,
+        revocation_store=RevocationStore(client),
         client=client,
-        authenticator=Authenticator(found, NonceStore(client), origin=origin, clock=clock),
+        authenticator=Authenticator(consortium, NonceStore(client), origin=origin, clock=clock),
         blobs=blobs,
         envelopes=envelope_store,
         jobs=job_store,
@@ -109,8 +125,12 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/livez", health.live),
             web.get("/readyz", health.ready),
             web.get(CONSORTIUM_PATH, consortium.show),
+            web.post(MANIFEST_PATH, consortium.publish),
+            web.post(REVOCATIONS_PATH, consortium.revoke),
             web.post(ENVELOPES_PATH, envelopes.store),
+            web.delete(f"{ENVELOPES_PATH}/{{digest}}", envelopes.remove),
             web.post(KEY_BROKERS_PATH + "/{key_broker}/messages", key_brokers.message),
+            web.post(KEY_BROKERS_PATH + "/{key_broker}/evidence", key_brokers.evidence),
             web.post(JOBS_PATH, jobs.submit),
             web.get(JOBS_PATH, jobs.listing, allow_head=False),
             web.get(job, jobs.show, allow_head=False),
@@ -129,9 +149,16 @@ async def running(
     settings: Settings, client: Client, *, log: ProgramLog, clock: Callable[[], int] = wall_clock
 ) -> AsyncIterator[tuple[str, Gateway]]:
     """A gateway that listens and admits while the block runs; (origin, gateway)."""
+    manifests = TrustedManifests.open(settings)
+    follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
+    revocations = TrustedRevocations(lambda: manifests.versions)
+    revoking = RevocationFollower(revocations, RevocationStore(client), settings, log)
+    await _share_manifests(manifests, client)
+    await follower.catch_up()
+    await revoking.catch_up()
     with _listening(settings) as listener:
         origin = settings.public_url or _address(settings.host, listener)
-        gateway = make_gateway(settings, client, origin=origin, log=log, clock=clock)
+        gateway = make_gateway(settings, client, manifests, revocations, origin=origin, log=log, clock=clock)
         runner = web.AppRunner(
             make_app(gateway),
             access_log=None,
@@ -147,6 +174,8 @@ async def running(
         try:
             await web.SockSite(runner, listener).start()
             background.append(asyncio.create_task(gateway.admission.run(settings.reconcile_every_s)))
+            background.append(asyncio.create_task(follower.run()))
+            background.append(asyncio.create_task(revoking.run()))
             background.append(asyncio.create_task(_sweep(client, settings.sweep_every_s, log, clock)))
             yield _address(settings.host, listener), gateway
         finally:
@@ -161,7 +190,7 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
 
     Raises :class:`SetupError`, :class:`ManifestError`, :class:`AuthenticationError` or :class:`UnavailableError`.
     """
-    read_chain(settings)
+    TrustedManifests.open(settings)
     client = await connect(
         settings.nats_url,
         settings.nats_seed_file,
@@ -181,6 +210,13 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
                 raise UnavailableError("NATS has closed the connection for good: does it still know this key?")
     finally:
         await client.close()
+
+
+async def _share_manifests(manifests: TrustedManifests, client: Client) -> None:
+    """Puts all manifests that are known here where other programs look for them. Raises :class:`ManifestError` for a fork."""
+    store = ManifestStore(client)
+    for number, signed in enumerate(manifests.chain.manifests, start=1):
+        await store.put(number, signed)
 
 
 async def _sweep(client: Client, every_s: float, log: ProgramLog, clock: Callable[[], int]) -> None:

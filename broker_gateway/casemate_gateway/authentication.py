@@ -70,7 +70,10 @@ class Authenticated:
 class Authenticator:
     """Establishes who sent a request to the gateway at ``origin`` (``scheme://host[:port]``)."""
 
-    def __init__(self, consortium: Consortium, nonces: NonceStore, *, origin: str, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, consortium: Callable[[], Consortium], nonces: NonceStore, *, origin: str, clock: Callable[[], int]
+    ) -> None:
+        """``consortium`` gives the newest one known."""
         self._consortium = consortium
         self._nonces = nonces
         self._origin = origin
@@ -90,7 +93,7 @@ class Authenticator:
         """
         signed = _delegation(request)
         now_ms = self._clock()
-        person = Person(verify_delegation(signed, self._consortium, at=now_ms), signed)
+        person = Person(verify_delegation(signed, self._consortium(), at=now_ms), signed)
         result = self._verified(request, person, now_ms)
         digest = _content_digest(request)
         await self._use_nonce(person, result.nonce)

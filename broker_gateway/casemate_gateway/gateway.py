@@ -13,7 +13,9 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.manifests import ManifestStore, TrustedManifests
 from casemate_messaging.queue import WorkQueue
+from casemate_messaging.revocations import RevocationStore, TrustedRevocations
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import MalformedError, NotFoundError, UnavailableError
 from casemate_schemas.job import JobId
@@ -53,8 +55,10 @@ class Gateway:
     """One running gateway. It holds no state that another one beside it would miss."""
 
     settings: Settings
-    consortium: Consortium
-    manifest_chain: bytes
+    manifests: TrustedManifests
+    manifest_store: ManifestStore
+    revocations: TrustedRevocations
+    revocation_store: RevocationStore
     client: Client
     authenticator: Authenticator
     blobs: BlobStore
@@ -71,6 +75,11 @@ class Gateway:
     downloads: Places
     event_streams: Places
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def consortium(self) -> Consortium:
+        """The consortium at its newest manifest, without the delegations that were revoked."""
+        return self.revocations.applied_to(self.manifests.current)
 
     async def authenticate(self, request: web.Request) -> tuple[Person, Body]:
         """Who asks, and their body, not yet read. Raises as :meth:`Authenticator.authenticate`."""

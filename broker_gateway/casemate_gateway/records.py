@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from casemate_schemas.admission import Routing
 from casemate_schemas.api import ApprovalStatus, JobStatus
 from casemate_schemas.codec import decode
 from casemate_schemas.consortium import Consortium, verify_delegation
-from casemate_schemas.errors import AuthorisationError, CasemateError, IntegrityError, NotFoundError, StateError
+from casemate_schemas.errors import (
+    AuthenticationError,
+    AuthorisationError,
+    CasemateError,
+    IntegrityError,
+    NotFoundError,
+    StateError,
+)
 from casemate_schemas.identity import Delegation
 from casemate_schemas.job_state import JobRecord
 from casemate_schemas.signatures import Signed
@@ -75,10 +84,14 @@ def no_such_job() -> NotFoundError:
 
 
 class RecordReader:
-    """Opens job records of one consortium; what was verified once is remembered."""
+    """Opens job records of one consortium; what was verified once is remembered.
 
-    def __init__(self, consortium: Consortium) -> None:
-        self._consortium = consortium
+    A record outlives manifests: its submitter may have left since. So a delegation counts that some version vouches for.
+    """
+
+    def __init__(self, versions: Callable[[], tuple[Consortium, ...]]) -> None:
+        """``versions`` gives the consortium at each manifest accepted, the newest last."""
+        self._versions = versions
         self._verified = functools.lru_cache(maxsize=4096)(self._verify)
 
     def open(self, record: JobRecord) -> Job:
@@ -92,10 +105,17 @@ class RecordReader:
         try:
             signed_routing, signed_delegation = decode(Signed, routing), decode(Signed, delegation)
             created = signed_routing.peek(Routing).created
-            submitter = verify_delegation(signed_delegation, self._consortium, at=created)
+            submitter = self._submitter(signed_delegation, created)
             opened = signed_routing.verify(Routing, submitter.signing_key)
         except CasemateError as error:
             raise IntegrityError("a job's record does not hold what its submitter signed") from error
-        if opened.consortium != self._consortium.id:
+        if opened.consortium != self._versions()[0].id:
             raise IntegrityError("a job's record belongs to another consortium")
         return opened, submitter
+
+    def _submitter(self, delegation: Signed, created: int) -> Delegation:
+        *earlier, newest = self._versions()
+        for consortium in earlier:
+            with contextlib.suppress(AuthenticationError):
+                return verify_delegation(delegation, consortium, at=created)
+        return verify_delegation(delegation, newest, at=created)

@@ -45,6 +45,8 @@ class Settings(ProgramSettings):
     key_broker_timeout_s: Seconds = 30.0
     precheck_retry_s: Seconds = 5.0
     """How long to wait before a key broker that did not answer is asked again."""
+    approval_poll_s: Seconds = 300.0
+    """How long to wait at most before one that awaits approvals is asked again; each time twice as long, up to this."""
     reconcile_every_s: Seconds = 15.0
     sweep_every_s: Seconds = 3600.0
     heartbeat_s: Seconds = 15.0

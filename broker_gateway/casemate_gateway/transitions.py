@@ -25,7 +25,7 @@ class Transitions:
         """(record as stored, revision, whether it is new). Raises as :meth:`JobStore.create`."""
         stored, revision, new = await self._jobs.create(record)
         if new:
-            await self._tell(stored)
+            await self.tell(stored)
         return stored, revision, new
 
     async def move(self, job_id: str, state: JobState, **changes: Any) -> JobRecord:
@@ -42,7 +42,7 @@ class Transitions:
 
         record = await self._jobs.change(job_id, step)
         if moved:
-            await self._tell(record)
+            await self.tell(record)
         return record
 
     async def tell_end(self, record: JobRecord) -> None:
@@ -52,9 +52,10 @@ class Transitions:
         async for _, event in self._events.replay(record.job_id):
             if event.state in TERMINAL:
                 return
-        await self._tell(record)
+        await self.tell(record)
 
-    async def _tell(self, record: JobRecord) -> None:
+    async def tell(self, record: JobRecord) -> None:
+        """Tells those who watch the job how it is now, if the event can be stored."""
         self._log.info("job", job_id=record.job_id, state=record.state, reason=record.reason or "")
         try:
             await self._events.publish(event_of(record))

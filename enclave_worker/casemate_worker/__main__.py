@@ -9,12 +9,18 @@ import sys
 import time
 from pathlib import Path
 
-from casemate_attestation.guest import ConfigfsGuest, GuestDriver, SimulatedGuest
+from casemate_attestation.guest import CertificateSource, ConfigfsGuest, GuestDriver, SimulatedGuest
+from casemate_attestation.guest_sev import SevGuest
+from casemate_attestation.guest_vtpm import AzureGuest
+from casemate_attestation.https import HttpsFetch
+from casemate_attestation.kds import KdsClient, KdsLimits, roots_of
 from casemate_messaging.connection import connect
 from casemate_messaging.logs import ProgramLog
-from casemate_schemas.consortium import Consortium, verify_chain
+from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
+from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import CasemateError, SetupError
 
+from .accelerators import refuse_devices
 from .isolation import keep_memory_private
 from .settings import Settings
 from .worker import Worker
@@ -34,29 +40,59 @@ def main() -> None:
         sys.exit(2)
 
 
+def certificate_source(settings: Settings, consortium: Consortium) -> CertificateSource | None:
+    """Where the chip's certificates come from; None if the host hands them out. Raises :class:`SetupError`."""
+    if settings.kds_cache_dir is None:
+        if settings.kds == "online":
+            raise SetupError("setting kds: online needs 'kds_cache_dir'")
+        return None
+    kds = KdsClient(
+        settings.kds_cache_dir,
+        roots_of(consortium.manifest.attestation),
+        fetch=HttpsFetch() if settings.kds == "online" else None,
+        base_url=settings.kds_url,
+        limits=KdsLimits(interval_s=settings.kds_interval_s),
+    )
+    return kds.certificates
+
+
 def guest_driver(settings: Settings, consortium: Consortium) -> GuestDriver:
-    """The way to the chip that the manifest demands. Raises :class:`SetupError` for the other one."""
+    """The way to the chip that the settings name and the manifest permits. Raises :class:`SetupError`."""
     if consortium.manifest.simulation != (settings.guest == "simulated"):
         raise SetupError("the manifest and the setting 'guest' disagree on whether this is a simulation")
+    if settings.guest == "simulated":
+        if settings.simulated_chip_socket is None:
+            raise SetupError("a simulated worker needs 'simulated_chip_socket'")
+        return SimulatedGuest(settings.simulated_chip_socket)
+    certificates = certificate_source(settings, consortium)
     if settings.guest == "configfs":
-        return ConfigfsGuest()
-    if settings.simulated_chip_socket is None:
-        raise SetupError("a simulated worker needs 'simulated_chip_socket'")
-    return SimulatedGuest(settings.simulated_chip_socket)
+        return ConfigfsGuest(certificates=certificates)
+    if settings.guest == "sev-guest":
+        return SevGuest(vmpl=settings.vmpl, certificates=certificates)
+    if certificates is None:
+        raise SetupError("setting guest: Azure's host hands out no certificates, so azure-vtpm needs 'kds_cache_dir'")
+    return AzureGuest(certificates)
 
 
 async def _serve(settings: Settings, log: ProgramLog) -> None:
-    consortium = verify_chain(settings.manifest_chain(), consortium=settings.consortium_id)
-    guest = guest_driver(settings, consortium)
+    manifests = TrustedManifests.open(settings)
+    refuse_devices(simulation=manifests.current.manifest.simulation)
+    guest = guest_driver(settings, manifests.current)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.name)
+    follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
+    following = asyncio.create_task(follower.run())
     try:
-        worker = Worker(settings, client, consortium, guest, clock=now_ms, log=log)
-        log.info("ready", worker=settings.name, simulation=consortium.manifest.simulation)
+        await follower.catch_up()
+        worker = Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
+        manifest = manifests.current.manifest
+        log.info("ready", worker=settings.name, number=manifest.number, simulation=manifest.simulation)
         await worker.run(stop)
     finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
         await client.close()
 
 

@@ -16,9 +16,10 @@ from casemate_schemas.signatures import Signed, SigningKey
 
 @dataclass(frozen=True)
 class Attempt:
-    """Routing header as the submitter signed it, the number of this attempt, and fresh keys."""
+    """Routing header as the submitter signed it, the number of this attempt, the manifest it began with, fresh keys."""
 
     routing: Routing
+    consortium: Consortium
     number: int
     record: JobRecord
     signing: SigningKey = field(default_factory=SigningKey.generate)
@@ -40,7 +41,7 @@ def begin_attempt(record: JobRecord, consortium: Consortium) -> Attempt:
     routing = signed.peek(Routing)
     if routing.job_id != record.job_id or routing.consortium != consortium.id:
         raise MalformedError("the routing header is another job's")
-    return Attempt(routing=routing, number=record.attempt, record=record)
+    return Attempt(routing=routing, consortium=consortium, number=record.attempt, record=record)
 
 
 def check_routing(record: JobRecord, submitter: Delegation) -> Routing:

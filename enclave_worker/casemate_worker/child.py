@@ -17,6 +17,7 @@ from casemate_schemas.errors import CasemateError, MalformedError, TrainingError
 from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec
 from casemate_schemas.sections import unpack_sections
 
+from .accelerators import refuse_accelerators
 from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame
 from .isolation import die_before_parent, die_with_parent, forbid_files, isolate
 
@@ -66,6 +67,7 @@ class Child:
         # The slow imports happen here, while the parent is still earning its keys.
         from .training import engine  # noqa: F401
 
+        refuse_accelerators(simulation=start.simulation)
         torch.set_num_threads(start.threads)
 
     def _take_model(self) -> tuple[JobSpec, bytes]:

@@ -1,4 +1,4 @@
-"""Evidence for one attempt: every key broker's nonce, both public keys, one report over all of it."""
+"""Evidence for one attempt: every key broker's nonce, both public keys, one report or quote over all of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def gather_evidence(attempt: Attempt, consortium: Consortium, guest: Guest
 
     1. Ask all key brokers for a nonce for this job, these terms and this attempt.
     2. Claim: consortium, manifest, job, terms, attempt, both public keys, all nonces.
-    3. Have the chip sign a report over the claims' hash.
+    3. Have the chip sign a report over the claims' hash, or the virtual TPM that it vouches for a quote.
 
     Raises what a key broker or the chip refuses with.
     """
@@ -43,5 +43,5 @@ async def gather_evidence(attempt: Attempt, consortium: Consortium, guest: Guest
             for name, reply in zip(key_brokers, replies, strict=True)
         ),
     )
-    attested = await asyncio.to_thread(guest.attest, claims.report_data)  # 3
-    return Evidence(claims=claims, report=attested.report, certificates=attested.certificates)
+    component = await asyncio.to_thread(guest.attest, claims.report_data)  # 3
+    return Evidence(claims=claims, components=(component,))

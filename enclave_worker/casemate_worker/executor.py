@@ -62,8 +62,11 @@ class TrainingProcess:
         self._has_data = False
 
     @classmethod
-    async def start(cls, threads: int) -> Self:
-        """Starts the child, with an environment that holds nothing, and asks it to get ready; does not wait for that."""
+    async def start(cls, threads: int, *, simulation: bool = False) -> Self:
+        """Starts the child, with an environment that holds nothing, and asks it to get ready; does not wait for that.
+
+        Outside simulation :meth:`prepare` raises :class:`SetupError` where the child could use a GPU.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-I",
@@ -76,7 +79,7 @@ class TrainingProcess:
             cwd="/",
         )
         child = cls(process)
-        child._stdin.write(frame(b"S", encode(Start(threads=threads))))
+        child._stdin.write(frame(b"S", encode(Start(threads=threads, simulation=simulation))))
         return child
 
     @property

@@ -26,11 +26,12 @@ _HEAD: Final = struct.Struct(">cI")
 
 
 class Start(WireModel):
-    """First frame to the child: how many threads it may use."""
+    """First frame to the child: how many threads it may use, and whether real data may come."""
 
     KIND: ClassVar[str] = "training-start"
 
     threads: Annotated[int, Field(ge=1, le=256)]
+    simulation: bool
 
 
 class Train(WireModel):

@@ -75,6 +75,7 @@ def check_agreement(job: OpenedJob, job_id: str, key_brokers: tuple[str, ...]) -
         "job id": job_id == terms.job_id == job.spec.job_id,
         "key brokers": key_brokers == terms.key_brokers,
         "plan": job.spec.plan == terms.plan,
+        "model": terms.plan.model in (None, digest_of(job.spec.model)),
         "job spec": digest_of(job.spec) == terms.job_spec_commitment,
         "initial weights": weights_commitment(job.spec, job.weights) == terms.initial_weights_commitment,
     }

@@ -94,11 +94,13 @@ def check_grant(header: GrantHeader, name: str, evidence: Evidence, consortium: 
 def check_cover(keys: Keys, terms: Terms) -> None:
     """Raises :class:`ReleaseError` unless each owner's own key broker granted the terms' version under the terms' licence.
 
-    Recipients check the same; a result that they would refuse must never be computed.
+    Recipients check the same; a result that they would refuse must never be computed. A key broker that holds a commit
+    grants no dataset's key any more.
     """
     for use in terms.plan.datasets:
         header = keys.headers[use.key_broker]
-        if use.envelope not in header.envelopes or use.licence not in header.licences:
+        is_granted = use.envelope in header.envelopes or header.committed is not None
+        if not is_granted or use.licence not in header.licences:
             raise ReleaseError(f"key broker {use.key_broker} granted another version or licence than that in the terms")
 
 

@@ -31,7 +31,8 @@ _MAX_CHECKPOINT_BYTES: Final = 16 << 30
 class SealedOutput:
     """Envelopes that one attempt makes for itself, its successors and the recipients."""
 
-    def __init__(self, store: EnvelopeStore, consortium: Consortium, scratch: Path) -> None:
+    def __init__(self, store: EnvelopeStore, consortium: bytes, scratch: Path) -> None:
+        """``consortium`` is its id."""
         self._store = store
         self._consortium = consortium
         self._scratch = scratch
@@ -43,7 +44,7 @@ class SealedOutput:
 
         Only ciphertext is buffered, in memory or in the scratch directory.
         """
-        sealer = EnvelopeSealer(kind, consortium=self._consortium.id, sender=attempt.signing.public, created=created)
+        sealer = EnvelopeSealer(kind, consortium=self._consortium, sender=attempt.signing.public, created=created)
         with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, dir=str(self._scratch)) as buffer:
             for part in parts:
                 buffer.writelines(sealer.update(part))
@@ -72,7 +73,7 @@ class SealedOutput:
         self, digest: bytes, kind: EnvelopeKind, resume_key: bytes
     ) -> tuple[EnvelopeHead, ContentKey, AsyncIterator[bytes]]:
         stored = await self._store.head(digest)
-        check_consortium(stored.head, self._consortium.id)
+        check_consortium(stored.head, self._consortium)
         preamble = stored.head.header.preamble
         if preamble.kind != kind or stored.head.header.ciphertext_bytes > _MAX_CHECKPOINT_BYTES:
             raise ReleaseError(f"expected a {kind} envelope, got a {preamble.kind} envelope")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from casemate_attestation.https import URL_PATTERN
+from casemate_attestation.kds import AMD_KDS_URL
 from casemate_messaging.settings import ProgramSettings
 from casemate_schemas.codec import Name
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_settings import SettingsConfigDict
 
 
@@ -18,8 +20,18 @@ class Settings(ProgramSettings):
 
     name: Name
     """Also the NATS user that permissions were made for."""
-    guest: Literal["configfs", "simulated"] = "configfs"
+    guest: Literal["configfs", "sev-guest", "azure-vtpm", "simulated"] = "configfs"
+    """How the chip is asked; ``simulated`` where there is none."""
+    vmpl: Annotated[int, Field(ge=0, le=3)] = 0
+    """The privilege level that reports are asked for with ``sev-guest``."""
     simulated_chip_socket: Path | None = None
+    kds_cache_dir: Path | None = None
+    """Where the chip's certificates are kept, for a host that hands out none with the report."""
+    kds: Literal["offline", "online"] = "offline"
+    """Whether they are fetched from AMD's key distribution service, or put into that folder by the operator."""
+    kds_url: Annotated[str, StringConstraints(pattern=URL_PATTERN)] = AMD_KDS_URL
+    kds_interval_s: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """The least time between two requests. AMD's service answers about one in ten seconds; a mirror may take more."""
     scratch_dir: Path
     """Where ciphertext may be buffered; plaintext never touches a disk."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1

@@ -70,12 +70,13 @@ class Worker:
         self,
         settings: Settings,
         client: Client,
-        consortium: Consortium,
+        consortium: Callable[[], Consortium],
         guest: GuestDriver,
         *,
         clock: Callable[[], int],
         log: ProgramLog,
     ) -> None:
+        """``consortium`` gives the newest one known. An attempt keeps the one that it began with."""
         self._settings = settings
         self._client = client
         self._consortium = consortium
@@ -86,7 +87,7 @@ class Worker:
         self._jobs = JobStore(client)
         self._events = EventLog(client)
         self._store = EnvelopeStore(client, BlobStore(client))
-        self._output = SealedOutput(self._store, consortium, settings.scratch_dir)
+        self._output = SealedOutput(self._store, consortium().id, settings.scratch_dir)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Handles deliveries until ``stop`` is set; one under way is given up then, and delivered to another."""
@@ -143,14 +144,15 @@ class Worker:
         6. Commit: every key broker's receipt for this one result.
         7. Release: the recipients' keys.
         """
-        attempt = begin_attempt(record, self._consortium)
-        async with await TrainingProcess.start(self._settings.threads) as child:
+        attempt = begin_attempt(record, self._consortium())
+        simulation = attempt.consortium.manifest.simulation
+        async with await TrainingProcess.start(self._settings.threads, simulation=simulation) as child:
             keys = Keys()
-            evidence = await gather_evidence(attempt, self._consortium, self._guest, self._ask)  # 1
+            evidence = await gather_evidence(attempt, attempt.consortium, self._guest, self._ask)  # 1
             await self._grant(attempt.routing.job_key_broker, attempt, evidence, keys)  # 2
-            job = await open_job(record, attempt, keys, self._store, self._consortium)
+            job = await open_job(record, attempt, keys, self._store, attempt.consortium)
             await child.prepare(job.spec, job.weights)  # 3
-            self._check_isolation(child)
+            self._check_isolation(child, attempt.consortium)
             owners = [name for name in job.terms.terms.key_brokers if name not in keys.grants]
             await asyncio.gather(*(self._grant(name, attempt, evidence, keys) for name in owners))  # 4
             check_cover(keys, job.terms.terms)
@@ -160,7 +162,7 @@ class Worker:
                 result = await self._train(record, attempt, job, evidence, keys, child)  # 5
         header, content_key = await self._output.content_key(result, "result", keys.resume_key(job.terms.digest))
         await self._move(attempt, "committing", upload=result)
-        receipts = await commit(job.terms, attempt, result, self._consortium, self._ask)  # 6
+        receipts = await commit(job.terms, attempt, result, attempt.consortium, self._ask)  # 6
         opened = release(job.terms, attempt, evidence, keys, receipts, header, content_key, at=self._clock())  # 7
         await self._move(attempt, "sealed", release=encode(opened))
 
@@ -175,7 +177,7 @@ class Worker:
     ) -> bytes:
         """Datasets in, checkpoints out, and at the end the uploaded result's digest."""
         for use in job.spec.plan.datasets:
-            await child.feed(open_dataset(use, keys, self._store, self._consortium))
+            await child.feed(open_dataset(use, keys, self._store, attempt.consortium))
         resume_key = keys.resume_key(job.terms.digest)
         seed = attempt_seed(keys.shares, job.terms.digest, attempt.number, fresh_entropy())
         progress, saving = _Throttle(_EVENT_INTERVAL_S), _Throttle(self._settings.checkpoint_interval_s)
@@ -204,9 +206,9 @@ class Worker:
         plan = job.spec.plan
         await self._tell(attempt, job, plan.training.steps)
         manifest = ResultManifest(
-            consortium=self._consortium.id,
+            consortium=attempt.consortium.id,
             job_id=attempt.job_id,
-            simulation=self._consortium.manifest.simulation,
+            simulation=attempt.consortium.manifest.simulation,
             terms=job.signed_terms,
             evidence=evidence,
             grants=granted(keys, job.terms.terms),
@@ -232,15 +234,15 @@ class Worker:
     # --- key brokers ---
 
     async def _grant(self, name: str, attempt: Attempt, evidence: Evidence, keys: Keys) -> None:
-        header = await request_grant(name, attempt, evidence, self._consortium, self._ask, keys)
+        header = await request_grant(name, attempt, evidence, attempt.consortium, self._ask, keys)
         self._log.info("granted", job_id=header.job_id, attempt=header.attempt, key_broker=name)
 
     async def _ask(self, name: str, op: WorkerOp, request: bytes) -> bytes:
         return await call(self._client, key_broker_op(name, op), request, self._settings.rpc_timeout_s)
 
-    def _check_isolation(self, child: TrainingProcess) -> None:
+    def _check_isolation(self, child: TrainingProcess, consortium: Consortium) -> None:
         """Outside simulation data is never opened by a process that could reach a network."""
-        if child.isolation != SECCOMP and not self._consortium.manifest.simulation:
+        if child.isolation != SECCOMP and not consortium.manifest.simulation:
             raise SetupError("the training process could not be cut off from the network on this system")
 
     # --- the record ---

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Final
 
 from casemate_privacy.accounting import epsilon
-from casemate_privacy.events import TrainingEvent
+from casemate_privacy.events import PrivacyEvent, TrainingEvent, sampled
 from casemate_privacy.renyi import Curve, rdp_curve
 from casemate_privacy.renyi_filter import RenyiFilter
 from casemate_schemas.errors import BudgetError
-from casemate_schemas.job import DatasetUse, Training
+from casemate_schemas.job import DatasetUse, Rational, Training
 from casemate_schemas.licence import Licence
+from casemate_schemas.requests import Budget, BudgetRenewal, ChargeKind, LedgerLine
 
-from . import ledger
+from . import ledger, standings
 from .database import Transaction
-from .ledger import Charge
+from .ledger import Charge, LedgerEntry
 from .licences import Registered
+from .standings import Standing
+
+MAX_LINES: Final = 1024
 
 
 def charge_of(use: DatasetUse, training: Training, dataset: Registered) -> Charge:
@@ -24,14 +29,23 @@ def charge_of(use: DatasetUse, training: Training, dataset: Registered) -> Charg
 
     Raises :class:`ParameterError` for what cannot be accounted.
     """
-    event = TrainingEvent(use.sample_rate.fraction, training.noise_multiplier, training.steps)
+    unit_records = dataset.card.max_records_per_subject or 1
+    event = TrainingEvent(use.sample_rate.fraction, training.noise_multiplier, training.steps, unit_records)
+    return charge_for(event, "train", dataset)
+
+
+def charge_for(released: PrivacyEvent, kind: ChargeKind, dataset: Registered) -> Charge:
+    """What a release costs ``dataset`` under the licence in force. Raises :class:`ParameterError`."""
+    event = sampled(released)
     return Charge(
-        dataset=use.dataset,
+        dataset=dataset.id,
         lineage=dataset.lineage,
         licence=dataset.licence_digest,
-        sample_rate=use.sample_rate,
-        noise_multiplier=training.noise_multiplier,
-        steps=training.steps,
+        kind=kind,
+        sample_rate=Rational.of(event.sample_rate),
+        noise_multiplier=event.noise_multiplier,
+        steps=event.steps,
+        unit_records=event.unit_records,
         epsilon=epsilon(event, dataset.licence.delta),
         curve=rdp_curve(event),
         limit_epsilon=dataset.licence.epsilon,
@@ -67,6 +81,70 @@ def balance(tx: Transaction, dataset: Registered) -> Balance:
     if len(charges) != 1:
         return proven
     return Balance(min(proven.spent, epsilon(charges[0][1].event, dataset.licence.delta)), proven.remaining)
+
+
+def show(tx: Transaction, dataset: Registered, now: int) -> Budget:
+    """Where the lineage stands, and what brought it there: the newest charges of all its periods, oldest first."""
+    renewals = ledger.renewals(tx, dataset.id)
+    lineages = (*(renewal.ended for renewal in renewals), dataset.lineage)
+    lines = [line for period, lineage in enumerate(lineages) for line in _lines(tx, lineage, period, now)]
+    state = balance(tx, dataset)
+    current = [line for line in lines if line.period == len(renewals)]
+    return Budget(
+        dataset=dataset.id,
+        lineage=dataset.lineage,
+        privacy_unit=dataset.card.privacy_unit,
+        epsilon=dataset.licence.epsilon,
+        delta=dataset.licence.delta,
+        epsilon_spent=state.spent,
+        epsilon_remaining=state.remaining,
+        epsilon_estimate=current[-1].estimate_after if current else 0.0,
+        renewals=tuple(
+            BudgetRenewal(at=renewal.at, person=renewal.person, epsilon_spent=_spent_by(tx, renewal.ended))
+            for renewal in renewals
+        ),
+        n_charges=sum(ledger.n_charges(tx, lineage) for lineage in lineages),
+        lines=tuple(lines[-MAX_LINES:]),
+    )
+
+
+def _lines(tx: Transaction, lineage: bytes, period: int, now: int) -> list[LedgerLine]:
+    known = standings.find_all(tx, lineage)
+    charges = ledger.newest_charges(tx, lineage, MAX_LINES)
+    return [_line(tx, entry, charge, known.get(entry.number), period, now) for entry, charge in charges]
+
+
+def _line(
+    tx: Transaction, entry: LedgerEntry, charge: Charge, standing: Standing | None, period: int, now: int
+) -> LedgerLine:
+    committed = ledger.committed_result(tx, entry.terms)
+    return LedgerLine(
+        job_id=entry.job_id,
+        terms=entry.terms,
+        submitter=entry.submitter,
+        purpose=entry.purpose,
+        at=entry.at,
+        kind=charge.kind,
+        sample_rate=charge.sample_rate,
+        noise_multiplier=charge.noise_multiplier,
+        steps=charge.steps,
+        unit_records=charge.unit_records,
+        epsilon=charge.epsilon,
+        epsilon_after=None if standing is None else standing.epsilon,
+        estimate_after=None if standing is None else standing.estimate,
+        state="committed" if committed is not None else "reserved" if now < entry.deadline else "failed",
+        committed=committed,
+        period=period,
+    )
+
+
+def _spent_by(tx: Transaction, lineage: bytes) -> float:
+    """What a lineage had spent when it was ended, under the licence of its last charge."""
+    last = ledger.newest_charges(tx, lineage, 1)
+    if not last:
+        return 0.0
+    charge = last[0][1]
+    return _proven(RenyiFilter(charge.limit_epsilon, charge.delta), ledger.spent_curve(tx, lineage)).spent
 
 
 @lru_cache(maxsize=4096)

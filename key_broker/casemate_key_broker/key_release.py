@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from casemate_attestation.appraise import verify_and_appraise
+from casemate_attestation.chain import ChainCache
+from casemate_attestation.evidence import verify_evidence
+from casemate_attestation.verdict import Verdict
 from casemate_schemas.codec import digest_of, encode
 from casemate_schemas.envelope import EnvelopeHead, open_head
 from casemate_schemas.errors import IntegrityError, ManifestError
 from casemate_schemas.evidence import Evidence, WorkerClaims
 from casemate_schemas.grant import Grant, GrantHeader, GrantSecrets, grant_info
-from casemate_schemas.sealing import ContentKey, seal_secret, unseal_content_key
+from casemate_schemas.job import DatasetUse
+from casemate_schemas.licence import obligation_of
+from casemate_schemas.sealing import ContentKey, SealingKey, seal_secret, unseal_content_key
 
-from . import licences
+from . import dataset_keys, licences
 from .database import Transaction
 from .known_terms import KnownTerms
 from .ledger import Reservation
@@ -37,34 +41,47 @@ def check_claims(claims: WorkerClaims, party: Party) -> None:
         raise ManifestError(f"the claims are for another manifest than number {party.consortium.manifest.number}")
 
 
-def appraise_evidence(evidence: Evidence, party: Party, now: int, crl: bytes | None) -> bytes:
-    """The measurement of a genuine worker that the manifest's policy accepts and whose report vouches for its claims.
+def appraise_evidence(evidence: Evidence, party: Party, now: int, crl: bytes | None, chains: ChainCache) -> Verdict:
+    """Whether the worker is genuine, the manifest's policy accepts it and its evidence vouches for its claims."""
+    at = datetime.fromtimestamp(now / 1000, UTC)
+    return verify_evidence(evidence, party.consortium.manifest.attestation, at, crl, chains)
+
+
+def accepted_measurement(verdict: Verdict) -> bytes:
+    """The measurement of a worker whose evidence was accepted.
 
     Raises :class:`VerificationError` or :class:`AppraisalError`, whose message lists each failed check.
     """
-    verdict = verify_and_appraise(
-        evidence.report,
-        evidence.certificates,
-        party.consortium.manifest.attestation,
-        evidence.claims.report_data,
-        datetime.fromtimestamp(now / 1000, UTC),
-        crl,
-    )
     verdict.raise_for_failure()
     if verdict.claims is None:
         raise IntegrityError("a verdict without a failed check carries no claims")
     return verdict.claims.report.measurement
 
 
-def load_heads(tx: Transaction, known: KnownTerms, uses: tuple[OwnedUse, ...]) -> tuple[EnvelopeHead, ...]:
-    """Heads of the envelopes whose keys this job needs from here: the job's own, the datasets' versions in the terms."""
-    datasets = tuple(licences.find_version(tx, owned.use.dataset, owned.use.envelope)[1] for owned in uses)
-    return datasets if known.job_head is None else (open_head(known.job_head), *datasets)
+@dataclass(frozen=True)
+class Sealed:
+    """An envelope's head, and the key that its content key is sealed to."""
+
+    head: EnvelopeHead
+    key: SealingKey
 
 
-def open_content_keys(heads: tuple[EnvelopeHead, ...], party: Party) -> dict[bytes, ContentKey]:
+def load_heads(tx: Transaction, known: KnownTerms, uses: tuple[OwnedUse, ...], party: Party) -> tuple[Sealed, ...]:
+    """The envelopes whose keys this job needs from here: the job's own, the datasets' versions in the terms.
+
+    Raises :class:`NotFoundError`, or :class:`DatasetError` for a version that was erased.
+    """
+    return (*load_job_head(known, party), *(_load_version(tx, owned.use) for owned in uses))
+
+
+def load_job_head(known: KnownTerms, party: Party) -> tuple[Sealed, ...]:
+    """The job's own envelope, if this key broker opens it: all that releasing a committed result needs."""
+    return () if known.job_head is None else (Sealed(open_head(known.job_head), party.sealing),)
+
+
+def open_content_keys(envelopes: tuple[Sealed, ...]) -> dict[bytes, ContentKey]:
     """Each envelope's content key by envelope digest, in the order of digests. Raises :class:`SealError`."""
-    keys = {head.header.digest: unseal_content_key(head, party.sealing) for head in heads}
+    keys = {sealed.head.header.digest: unseal_content_key(sealed.head, sealed.key) for sealed in envelopes}
     return dict(sorted(keys.items()))
 
 
@@ -97,9 +114,15 @@ def seal_grant(
         committed=decision.committed,
         issued=now,
         expires=now + ttl_ms,
+        obligations=tuple(obligation_of(owned.dataset.licence) for owned in uses),
     )
     keys = tuple(key.to_bytes() for key in decision.content_keys.values())
     secrets = encode(GrantSecrets(content_keys=keys, seed_share=seed_share))
     return party.signed(
         Grant(header=header, sealed_secrets=seal_secret(secrets, claims.sealing_key, info=grant_info(header)))
     )
+
+
+def _load_version(tx: Transaction, use: DatasetUse) -> Sealed:
+    _, head = licences.find_version(tx, use.dataset, use.envelope)
+    return Sealed(head, dataset_keys.load(tx, use.envelope, use.dataset))

@@ -22,12 +22,15 @@ from casemate_schemas.errors import (
     ParameterError,
     TooLargeError,
 )
+from casemate_schemas.grant import AuditEntry
 from casemate_schemas.identity import Delegation
 from casemate_schemas.licence import Licence
-from casemate_schemas.requests import DatasetRegistered, RegisterDataset
+from casemate_schemas.licence_check import check_sound
+from casemate_schemas.requests import BudgetRenewed, DatasetRegistered, RegisterDataset, RenewBudget
 from casemate_schemas.sealing import check_consortium, unseal_content_key
 from casemate_schemas.signatures import Signed
 
+from . import audit_log, dataset_keys, ledger
 from .database import Transaction
 from .party import Party, full_name
 
@@ -44,6 +47,8 @@ class Registered:
     envelope: bytes
     signed_licence: Signed
     licence: Licence
+    erased: bool = False
+    """The key of this version is destroyed, and no job can use the dataset."""
 
     @property
     def id(self) -> str:
@@ -69,12 +74,15 @@ def check_steward(party: Party, person: Delegation, owner: str) -> None:
         raise AuthorisationError(f"key broker {party.id} does not serve {owner}")
 
 
-def check_registration(party: Party, request: RegisterDataset, person: Delegation, now: int) -> Licence:
+def check_registration(
+    tx: Transaction, party: Party, request: RegisterDataset, person: Delegation, now: int
+) -> Licence:
     """The licence in a registration that holds together.
 
     1. The person is a steward of the card's owner.
-    2. The licence is signed by that person, is about this dataset, has not expired, and its budget can be accounted.
-    3. The envelope is a dataset envelope of this consortium from that person, and its content key opens here.
+    2. The licence is signed by that person, is about this dataset, says what it seems to, and its budget can be accounted.
+    3. The envelope is a dataset envelope of this consortium from that person, and its content key opens with the key that
+       was prepared for it.
 
     Raises what is wrong with it, in words for the steward.
     """
@@ -82,17 +90,25 @@ def check_registration(party: Party, request: RegisterDataset, person: Delegatio
     check_steward(party, person, card.owner)  # 1
     if len(encode(card)) > MAX_CARD_BYTES:
         raise TooLargeError(f"a dataset card holds at most {MAX_CARD_BYTES} bytes")
-    if request.licence.signer != person.signing_key:  # 2
-        raise AuthenticationError("the licence must be signed by the steward who registers it")
-    licence = request.licence.verify(Licence, person.signing_key)
+    licence = check_licence(request.licence, person, now)  # 2
     if licence.dataset != card.id:
         raise ParameterError(f"the licence is for {licence.dataset}, the card for {card.id}")
-    if now >= licence.expires:
-        raise ParameterError("the licence has expired already")
-    RenyiFilter(licence.epsilon, licence.delta)
     head = open_head(request.head, kind="dataset", sender=person.signing_key)  # 3
     check_consortium(head, party.consortium.id)
-    unseal_content_key(head, party.sealing)
+    unseal_content_key(head, dataset_keys.find(tx, head, card.owner))
+    return licence
+
+
+def check_licence(signed: Signed, person: Delegation, now: int) -> Licence:
+    """A licence that this person signed, that says what it seems to and whose budget can be accounted.
+
+    Raises :class:`AuthenticationError`, :class:`SignatureError` or :class:`ParameterError`.
+    """
+    if signed.signer != person.signing_key:
+        raise AuthenticationError("the licence must be signed by the steward who registers it")
+    licence = signed.verify(Licence, person.signing_key)
+    check_sound(licence, now=now)
+    RenyiFilter(licence.epsilon, licence.delta)
     return licence
 
 
@@ -104,7 +120,8 @@ def register(
     Raises :class:`ConflictError` for a licence number that is not above the newest one's, or an envelope that belongs
     to another dataset or is an older version.
     """
-    dataset, envelope = request.card.id, open_head(request.head).header.digest
+    head = open_head(request.head)
+    dataset, envelope = request.card.id, head.header.digest
     row = tx.execute("SELECT lineage, envelope FROM datasets WHERE dataset = ?", (dataset,)).fetchone()
     if row is None:
         _check_room(tx)
@@ -116,10 +133,48 @@ def register(
         _add_version(tx, request, envelope, full_name(person), now)
     elif find_version(tx, dataset, envelope)[0] != request.card:
         raise ConflictError("this envelope is registered with another card; seal the data anew under the new one")
-    _add_licence(tx, request.licence, licence, full_name(person), now)
-    values = (envelope, request.licence.digest, dataset)
-    tx.execute("UPDATE datasets SET envelope = ?, licence = ? WHERE dataset = ?", values)
+    dataset_keys.claim(tx, head, dataset)
+    tx.execute("UPDATE datasets SET envelope = ? WHERE dataset = ?", (envelope, dataset))
+    put_licence(tx, request.licence, licence, full_name(person), now)
     return DatasetRegistered(dataset=dataset, lineage=lineage, envelope=envelope, licence=request.licence.digest)
+
+
+def put_licence(tx: Transaction, signed: Signed, licence: Licence, person: str, now: int) -> bool:
+    """Puts a checked licence in force; whether it was another before.
+
+    Raises :class:`ConflictError` for a number that is not above the newest one's.
+    """
+    query = "SELECT licence, number FROM licences WHERE dataset = ? ORDER BY number DESC LIMIT 1"
+    newest = tx.execute(query, (licence.dataset,)).fetchone()
+    if newest is not None and newest[0] == signed.digest:
+        return False
+    if newest is not None and licence.number <= newest[1]:
+        raise ConflictError(f"licence numbers only go up: the newest is {newest[1]}, this one {licence.number}")
+    row = (signed.digest, licence.dataset, licence.number, encode(signed), person, now)
+    tx.execute("INSERT INTO licences VALUES (?, ?, ?, ?, ?, ?)", row)
+    tx.execute("UPDATE datasets SET licence = ? WHERE dataset = ?", (signed.digest, licence.dataset))
+    return True
+
+
+def renew_budget(tx: Transaction, party: Party, person: Delegation, request: RenewBudget, now: int) -> BudgetRenewed:
+    """Puts the dataset under a new lineage, of which nothing is spent; ledger and audit log say who wanted it.
+
+    Raises :class:`AuthorisationError` unless ``person`` is a steward or admin of its owner, :class:`NotFoundError`, and
+    :class:`ConflictError` if it is under another lineage than the one to be ended.
+    """
+    owner = request.dataset.partition("@")[2]
+    if person.member != owner or owner not in party.serves or not {"steward", "admin"} & set(person.roles):
+        raise AuthorisationError(f"only a steward or an admin of {owner} may renew its budgets, at its own key broker")
+    dataset, begun = find(tx, request.dataset), secrets.token_bytes(32)
+    if dataset.lineage != request.lineage:
+        raise ConflictError(f"the budget of {dataset.id} was renewed already: look at it again")
+    ledger.renew(tx, dataset.id, dataset.lineage, begun, person=full_name(person), now=now)
+    tx.execute("UPDATE datasets SET lineage = ? WHERE dataset = ?", (begun, dataset.id))
+    entry = AuditEntry(
+        key_broker=party.id, event="budget_renewed", at=now, subject=dataset.id, person=full_name(person)
+    )
+    audit_log.append(tx, entry)
+    return BudgetRenewed(dataset=dataset.id, lineage=begun)
 
 
 def find(tx: Transaction, dataset: str) -> Registered:
@@ -131,8 +186,9 @@ def find(tx: Transaction, dataset: str) -> Registered:
 
 
 def all_in_force(tx: Transaction) -> list[Registered]:
-    """Every dataset as it is in force now, by name."""
-    return [_registered(row) for row in tx.execute(f"{_IN_FORCE} ORDER BY datasets.dataset").fetchall()]
+    """Every dataset as it is in force now, by name; those that were erased are left out."""
+    found = [_registered(row) for row in tx.execute(f"{_IN_FORCE} ORDER BY datasets.dataset").fetchall()]
+    return [dataset for dataset in found if not dataset.erased]
 
 
 def find_version(tx: Transaction, dataset: str, envelope: bytes) -> tuple[DatasetCard, EnvelopeHead]:
@@ -145,15 +201,16 @@ def find_version(tx: Transaction, dataset: str, envelope: bytes) -> tuple[Datase
 
 
 _IN_FORCE: Final = (
-    "SELECT card, lineage, datasets.envelope, signed FROM datasets"
+    "SELECT card, lineage, datasets.envelope, signed,"
+    " (SELECT 1 FROM dataset_keys WHERE dataset_keys.envelope = datasets.envelope) IS NULL FROM datasets"
     " JOIN versions ON versions.envelope = datasets.envelope JOIN licences ON licences.licence = datasets.licence"
 )
 
 
-def _registered(row: tuple[bytes, bytes, bytes, bytes]) -> Registered:
-    card, lineage, envelope, signed = row
+def _registered(row: tuple[bytes, bytes, bytes, bytes, int]) -> Registered:
+    card, lineage, envelope, signed, erased = row
     licence = decode(Signed, signed)
-    return Registered(decode(DatasetCard, card), lineage, envelope, licence, licence.peek(Licence))
+    return Registered(decode(DatasetCard, card), lineage, envelope, licence, licence.peek(Licence), bool(erased))
 
 
 def _check_room(tx: Transaction) -> None:
@@ -167,14 +224,3 @@ def _add_version(tx: Transaction, request: RegisterDataset, envelope: bytes, per
         raise ConflictError("this envelope is registered already, under another name or as an older version")
     row = (envelope, request.card.id, encode(request.card), request.head, person, now)
     tx.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", row)
-
-
-def _add_licence(tx: Transaction, signed: Signed, licence: Licence, person: str, now: int) -> None:
-    query = "SELECT licence, number FROM licences WHERE dataset = ? ORDER BY number DESC LIMIT 1"
-    newest = tx.execute(query, (licence.dataset,)).fetchone()
-    if newest is not None and newest[0] == signed.digest:
-        return
-    if newest is not None and licence.number <= newest[1]:
-        raise ConflictError(f"licence numbers only go up: the newest is {newest[1]}, this one {licence.number}")
-    row = (signed.digest, licence.dataset, licence.number, encode(signed), person, now)
-    tx.execute("INSERT INTO licences VALUES (?, ?, ?, ?, ?, ?)", row)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, Routing, Submission
@@ -21,7 +22,16 @@ from casemate_schemas.errors import (
 )
 from casemate_schemas.identity import Delegation
 from casemate_schemas.job import DatasetUse, Plan
-from casemate_schemas.licence import Action, Question, check_licence
+from casemate_schemas.licence import (
+    Action,
+    Outcome,
+    Question,
+    Refused,
+    VerifiedApproval,
+    check_outcome,
+    evaluate,
+    together,
+)
 from casemate_schemas.pipeline import Loss
 from casemate_schemas.sealing import check_consortium, open_envelope, unseal_content_key
 from casemate_schemas.signatures import Signed
@@ -131,6 +141,13 @@ def load_uses(tx: Transaction, plan: Plan, party: Party) -> tuple[OwnedUse, ...]
     return tuple(OwnedUse(use, licences.find(tx, use.dataset)) for use in plan.datasets if use.key_broker == party.id)
 
 
+def check_kept(uses: tuple[OwnedUse, ...]) -> None:
+    """Raises :class:`DatasetError` for a dataset that its owner erased."""
+    for owned in uses:
+        if owned.dataset.erased:
+            raise DatasetError(f"{owned.use.dataset} was erased by its owner")
+
+
 def check_named_licences(uses: tuple[OwnedUse, ...]) -> None:
     """Raises :class:`LicenceError` unless the plan names the licences in force."""
     for owned in uses:
@@ -148,26 +165,58 @@ def check_datasets(uses: tuple[OwnedUse, ...], plan: Plan) -> None:
     for use, dataset in ((owned.use, owned.dataset) for owned in uses):
         if (use.envelope, use.card) != (dataset.envelope, dataset.card_digest):
             raise DatasetError(f"{use.dataset} has another version now: list the datasets again")
+        if dataset.card.privacy_unit != "record":
+            raise DatasetError(
+                f"{use.dataset} protects subjects, with up to {dataset.card.max_records_per_subject} records each, and no "
+                "worker bounds what one subject contributes yet: no job can use it"
+            )
         if use.row_bound != dataset.card.row_bound:
             raise DatasetError(f"{use.dataset} declares at most {dataset.card.row_bound} rows, not {use.row_bound}")
         _check_pipeline(plan, dataset.card)
 
 
-def check_licences(uses: tuple[OwnedUse, ...], verified: VerifiedTerms, now: int, measurement: bytes | None) -> None:
-    """That the licences in force let the submitter train for this purpose, on such a worker, and every recipient read
-    the result. Raises :class:`LicenceError`.
+def check_licences(
+    uses: tuple[OwnedUse, ...],
+    verified: VerifiedTerms,
+    now: int,
+    measurement: bytes | None,
+    approvals: Sequence[VerifiedApproval] = (),
+) -> Outcome:
+    """That the licences in force let the submitter train this model for this purpose, on such a worker, and every
+    recipient read the result. ``measurement`` is ``None`` as long as no worker is chosen.
+
+    Returns whether approvals are still missing, for :func:`check_outcome`; raises :class:`LicenceError` for the rest.
     """
-    for owned in uses:
-        for action in _ACTIONS:
-            question = Question(
-                action=action,
-                now=now,
-                submitter=verified.submitter_actor,
-                recipients=verified.recipient_actors,
-                purpose=verified.terms.plan.purpose,
-                measurement=measurement,
-            )
-            check_licence(owned.dataset.licence, question)
+    outcome = together(
+        check_action(action, owned, verified, now, measurement, approvals) for owned in uses for action in ACTIONS
+    )
+    if isinstance(outcome, Refused):
+        check_outcome(outcome)
+    return outcome
+
+
+def check_action(
+    action: Action,
+    owned: OwnedUse,
+    verified: VerifiedTerms,
+    now: int,
+    measurement: bytes | None,
+    approvals: Sequence[VerifiedApproval],
+) -> Outcome:
+    """What the licence of one dataset says to one action of the job."""
+    plan = verified.terms.plan
+    question = Question(
+        action=action,
+        now=now,
+        submitter=verified.submitter_actor,
+        recipients=verified.recipient_actors,
+        purpose=plan.purpose,
+        model=plan.model,
+        measurement=measurement,
+        terms=verified.digest,
+        no_worker_yet=measurement is None,
+    )
+    return evaluate(owned.dataset.licence, question, approvals)
 
 
 def price(uses: tuple[OwnedUse, ...], plan: Plan) -> tuple[Charge, ...]:
@@ -181,15 +230,19 @@ def price(uses: tuple[OwnedUse, ...], plan: Plan) -> tuple[Charge, ...]:
     return charges
 
 
-def verified_terms(signed: Signed, party: Party) -> VerifiedTerms:
-    """Terms of this consortium that concern this key broker. Raises as :func:`verify_terms`, or :class:`AuthorisationError`."""
-    verified = verify_terms(signed, party.consortium)
+def verified_terms(signed: Signed, party: Party, *, is_committed: bool = False) -> VerifiedTerms:
+    """Terms of this consortium that concern this key broker. Raises as :func:`verify_terms`, or :class:`AuthorisationError`.
+
+    What is committed stays so, whichever person was revoked since.
+    """
+    verified = verify_terms(signed, replace(party.consortium, revoked={}) if is_committed else party.consortium)
     if party.id not in verified.terms.key_brokers:
         raise AuthorisationError("the terms do not concern this key broker")
     return verified
 
 
-_ACTIONS: Final[tuple[Action, ...]] = ("train", "read_result")
+ACTIONS: Final[tuple[Action, ...]] = ("train", "read_result")
+"""What a job does with a dataset."""
 
 
 def _check_pipeline(plan: Plan, card: DatasetCard) -> None:

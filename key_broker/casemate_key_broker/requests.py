@@ -6,37 +6,93 @@ from typing import Final
 
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import verify_delegation
-from casemate_schemas.errors import AuthenticationError, CasemateError, ConflictError, LicenceError, TooLargeError
+from casemate_schemas.custody import (
+    DatasetErased,
+    DatasetPrepared,
+    DatasetShown,
+    LicenceAmended,
+    SeedsRotated,
+    ShowDataset,
+    StateBackedUp,
+)
+from casemate_schemas.errors import (
+    AuthenticationError,
+    AuthorisationError,
+    CasemateError,
+    ConflictError,
+    TooLargeError,
+)
 from casemate_schemas.identity import Delegation
-from casemate_schemas.licence import Actor, Question, check_licence
+from casemate_schemas.licence import Allowed, Question, actor_of, evaluate
 from casemate_schemas.requests import (
     MAX_REQUEST_AGE_MS,
     MAX_REQUEST_BYTES,
+    ApprovalListing,
+    ApprovalShown,
     Budget,
+    BudgetRenewed,
     DatasetListing,
     DatasetOffer,
     DatasetRegistered,
-    LedgerLine,
+    EndorseState,
+    ListApprovals,
+    ListDatasets,
     PersonRequest,
     PersonResponse,
     Refusal,
+    ShowApproval,
     ShowBudget,
+    ShowState,
+    ShowWorkers,
+    StateShown,
+    TellTime,
+    TimeTold,
+    WorkerList,
 )
 from casemate_schemas.sealing import open_envelope, seal_envelope
 
-from . import ledger, licences
+from . import budgets, licences, worker_verdicts
 from .budgets import balance
 from .database import Transaction
 from .licences import Registered
 from .party import Party
 
-MAX_BUDGET_LINES: Final = 2048
 MAX_ANSWER_BYTES: Final = 960 << 10
 """What still fits, sealed, into one NATS message."""
 
 MAX_REFUSAL_CHARS: Final = 1000
 
-Answer = DatasetListing | DatasetRegistered | Budget | Refusal
+Answer = (
+    DatasetListing
+    | DatasetRegistered
+    | Budget
+    | WorkerList
+    | BudgetRenewed
+    | ApprovalListing
+    | ApprovalShown
+    | StateShown
+    | TimeTold
+    | DatasetPrepared
+    | DatasetShown
+    | LicenceAmended
+    | DatasetErased
+    | SeedsRotated
+    | StateBackedUp
+    | Refusal
+)
+
+READING: Final = (
+    ListDatasets,
+    ShowBudget,
+    ShowDataset,
+    ShowWorkers,
+    ListApprovals,
+    ShowApproval,
+    ShowState,
+    EndorseState,
+    TellTime,
+)
+"""Requests that a key broker whose state was set back still answers: they give nothing away, or mend it."""
 
 
 def open_request(payload: bytes, party: Party, now: int) -> tuple[PersonRequest, Delegation]:
@@ -44,7 +100,8 @@ def open_request(payload: bytes, party: Party, now: int) -> tuple[PersonRequest,
 
     1. It is a ``request`` envelope of this consortium that opens here.
     2. The person's delegation is valid now, and its key signed the envelope.
-    3. It is for this key broker, and neither old nor from the future.
+    3. It is for this key broker, and neither old nor from the future: only whoever tells the time may be ahead of it, by
+       as much as their delegation is valid for, and what they told once does no harm when it is told again.
 
     Raises :class:`MalformedError`, :class:`CryptographyError` or :class:`AuthenticationError`.
     """
@@ -52,12 +109,15 @@ def open_request(payload: bytes, party: Party, now: int) -> tuple[PersonRequest,
         payload, party.sealing, kind="request", consortium=party.consortium.id, max_bytes=MAX_REQUEST_BYTES
     )
     request = decode(PersonRequest, plaintext)
-    person = verify_delegation(request.delegation, party.consortium, at=now)  # 2
+    tells_time = isinstance(request.body, TellTime)
+    person = verify_delegation(  # 2
+        request.delegation, party.consortium, at=max(now, request.created) if tells_time else now
+    )
     if head.header.preamble.sender != person.signing_key:
         raise AuthenticationError("the request is not from the person it names")
     if (request.consortium, request.key_broker) != (party.consortium.id, party.id):  # 3
         raise AuthenticationError("the request is for another key broker")
-    if abs(now - request.created) > MAX_REQUEST_AGE_MS:
+    if abs(now - request.created) > MAX_REQUEST_AGE_MS and not tells_time:
         raise AuthenticationError("the request is too old, or a clock is wrong")
     return request, person
 
@@ -77,32 +137,31 @@ def list_datasets(tx: Transaction, party: Party, person: Delegation, now: int) -
     return DatasetListing(datasets=tuple(_offer(tx, party, dataset) for dataset in allowed))
 
 
-def show_budget(tx: Transaction, party: Party, person: Delegation, request: ShowBudget) -> Budget:
-    """The ledger of a dataset, for a steward of its owner: the newest 2048 charges.
+def lineage_of(tx: Transaction, party: Party, person: Delegation, dataset: str) -> bytes:
+    """The lineage a dataset is under, for a steward. Raises :class:`AuthorisationError` or :class:`NotFoundError`."""
+    licences.check_steward(party, person, dataset.partition("@")[2])
+    return licences.find(tx, dataset).lineage
+
+
+def show_budget(tx: Transaction, party: Party, person: Delegation, request: ShowBudget, now: int) -> Budget:
+    """The ledger of a dataset, for a steward of its owner: the newest 1024 charges of all periods.
 
     Raises :class:`AuthorisationError` or :class:`NotFoundError`.
     """
     licences.check_steward(party, person, request.dataset.partition("@")[2])
-    dataset = licences.find(tx, request.dataset)
-    now = balance(tx, dataset)
-    lines = tuple(
-        LedgerLine(
-            job_id=entry.job_id,
-            terms=entry.terms,
-            submitter=entry.submitter,
-            epsilon=charge.epsilon,
-            committed=ledger.committed_result(tx, entry.terms),
-            at=entry.at,
+    return budgets.show(tx, licences.find(tx, request.dataset), now)
+
+
+def show_workers(tx: Transaction, party: Party, person: Delegation) -> WorkerList:
+    """What became of workers' evidence here, for a steward or admin of a member served. Raises :class:`AuthorisationError`."""
+    if person.member not in party.serves or not {"steward", "admin"} & set(person.roles):
+        raise AuthorisationError(
+            f"only stewards and admins of the members that key broker {party.id} serves may see this"
         )
-        for entry, charge in ledger.newest_charges(tx, dataset.lineage, MAX_BUDGET_LINES)
-    )
-    return Budget(
-        dataset=request.dataset,
-        epsilon=dataset.licence.epsilon,
-        delta=dataset.licence.delta,
-        epsilon_spent=now.spent,
-        epsilon_remaining=now.remaining,
-        lines=lines,
+    return WorkerList(
+        key_broker=party.id,
+        manifest_number=party.consortium.manifest.number,
+        workers=worker_verdicts.newest(tx, (person.member,)),
     )
 
 
@@ -131,12 +190,8 @@ def seal_response(party: Party, person: Delegation, body: PersonResponse | Refus
 
 
 def _may_list(dataset: Registered, person: Delegation, now: int) -> bool:
-    question = Question(action="list", now=now, submitter=Actor(person.member, person.roles))
-    try:
-        check_licence(dataset.licence, question)
-    except LicenceError:
-        return False
-    return True
+    question = Question(action="list", now=now, submitter=actor_of(person))
+    return isinstance(evaluate(dataset.licence, question), Allowed)
 
 
 def _offer(tx: Transaction, party: Party, dataset: Registered) -> DatasetOffer:

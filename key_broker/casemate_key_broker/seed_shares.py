@@ -10,13 +10,17 @@ import hmac
 import os
 import re
 import secrets
+import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from casemate_schemas.errors import IntegrityError
 
+from .database import State, get_meta, set_meta
+
 SECRET_BYTES: Final = 32
 _PREFIX: Final = "seed-secret-"
+_META: Final = "seed-secrets"
 _EPOCH: Final = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
 
 
@@ -29,12 +33,42 @@ class SeedSecrets:
         Raises :class:`IntegrityError` if the secret of a ``needed`` epoch is missing or broken: with another one the
         checkpoints and uploads of jobs under way could never be opened again.
         """
+        self._store: Path | State = folder
+        self._lock = threading.Lock()
         found = {path.name[len(_PREFIX) :]: path for path in folder.glob(f"{_PREFIX}*")}
         self._secrets = {int(epoch): _read(path) for epoch, path in found.items() if _EPOCH.fullmatch(epoch)}
         if not self._secrets and not needed:
             self._secrets[1] = _create(folder / f"{_PREFIX}1")
         if missing := sorted(needed - self._secrets.keys()):
             raise IntegrityError(f"the seed secret of epoch {missing[0]} is missing from {folder}")
+
+    @classmethod
+    def in_state(cls, database: State) -> Self:
+        """The secrets of a key broker whose disk is not to be trusted, kept in its sealed state; made at its first start."""
+        kept = cls.__new__(cls)
+        with database.transaction() as tx:
+            known = get_meta(tx, _META)
+            if known is None:
+                set_meta(tx, _META, known := ((1, secrets.token_bytes(SECRET_BYTES)),))
+        kept._store, kept._lock = database, threading.Lock()
+        kept._secrets = dict(known)
+        return kept
+
+    def rotate(self) -> int:
+        """Makes the secret of another epoch, durably, for reservations from now on; that epoch. Earlier ones stay.
+
+        Raises :class:`IntegrityError` if it cannot be written.
+        """
+        with self._lock:
+            epoch = self.epoch + 1
+            if isinstance(self._store, Path):
+                secret = _create(self._store / f"{_PREFIX}{epoch}")
+            else:
+                secret = secrets.token_bytes(SECRET_BYTES)
+                with self._store.transaction() as tx:
+                    set_meta(tx, _META, tuple(sorted((self._secrets | {epoch: secret}).items())))
+            self._secrets = self._secrets | {epoch: secret}
+            return epoch
 
     @property
     def epoch(self) -> int:

@@ -40,12 +40,27 @@ class User:
 def accounts(users: Sequence[User]) -> dict[str, Any]:
     """The ``accounts`` section: who lives where, and the only services that cross from one account to another.
 
-    Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account; gateway and workers reach
-    each key broker's requests. JetStream exists in the gateway's account alone.
+    Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account, key brokers
+    :data:`~casemate_schemas.subjects.KEY_BROKER_SERVICES` and each its own ledger's head; gateway and workers reach each
+    key broker's requests.
+    JetStream exists in the gateway's account alone.
     """
     key_brokers = sorted({user.name for user in users if user.role == "key_broker"})
     to_key_brokers = [_service(subjects.key_broker_account(k), f"{subjects.key_broker(k)}.*") for k in key_brokers]
-    offered = [_offer(subject, WORKER_ACCOUNT) for subject in subjects.WORKER_SERVICES]
+    readers = tuple(map(subjects.key_broker_account, key_brokers))
+    shared = dict.fromkeys((*subjects.WORKER_SERVICES, *subjects.KEY_BROKER_SERVICES))
+    offered = [
+        _offer(
+            subject,
+            *([WORKER_ACCOUNT] if subject in subjects.WORKER_SERVICES else []),
+            *(readers if subject in subjects.KEY_BROKER_SERVICES else ()),
+        )
+        for subject in shared
+    ]
+    for name in key_brokers:
+        own = subjects.key_broker_account(name)
+        offered += [_offer(subject, own) for subject in subjects.ledger_head_services(name)]
+    manifests = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.KEY_BROKER_SERVICES]
     wanted = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.WORKER_SERVICES]
     sections: dict[str, Any] = {
         GATEWAY_ACCOUNT: {"jetstream": "enabled", "exports": offered, "imports": to_key_brokers},
@@ -53,7 +68,10 @@ def accounts(users: Sequence[User]) -> dict[str, Any]:
     }
     for name in key_brokers:
         offer = _offer(f"{subjects.key_broker(name)}.*", GATEWAY_ACCOUNT, WORKER_ACCOUNT)
-        sections[subjects.key_broker_account(name)] = {"exports": [offer]}
+        sections[subjects.key_broker_account(name)] = {
+            "exports": [offer],
+            "imports": [*manifests, *(_service(GATEWAY_ACCOUNT, s) for s in subjects.ledger_head_services(name))],
+        }
     for account, section in sections.items():
         section["users"] = [_entry(user) for user in users if user.account == account]
     return sections

@@ -65,3 +65,9 @@ class EnvelopeStore:
     def ciphertext(self, stored: StoredHead) -> AsyncIterator[bytes]:
         """The envelope's ciphertext in order; its last piece comes only after the digest was checked."""
         return self._blobs.get(stored.head.header.ciphertext_digest)
+
+    async def delete(self, stored: StoredHead) -> None:
+        """Removes an envelope, its head first. The gateway only."""
+        header = stored.head.header
+        await self._heads.delete(header.digest)
+        await self._blobs.delete(header.ciphertext_digest)

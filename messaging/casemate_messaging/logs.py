@@ -35,7 +35,9 @@ class LogFields(TypedDict, total=False):
     address: str
     version: str
     number: int
+    product: str
     simulation: bool
+    hosted: bool
 
 
 _ALLOWED: Final = frozenset(LogFields.__annotations__)

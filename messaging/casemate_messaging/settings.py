@@ -9,7 +9,7 @@ from typing import Annotated, Final, Self
 from casemate_schemas.codec import decode
 from casemate_schemas.consortium import ManifestChain
 from casemate_schemas.errors import SetupError
-from pydantic import StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MAX_SETTINGS_BYTES: Final = 64 << 10
@@ -28,7 +28,11 @@ class ProgramSettings(BaseSettings):
     consortium: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     """The consortium's id in hexadecimal."""
     manifest_file: Path
-    """Canonical ``ManifestChain``."""
+    """Canonical ``ManifestChain``, as far as it is known. Newer manifests are learnt over NATS, or by replacing this file."""
+    manifest_poll_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    """How often to look for a newer manifest."""
+    state_dir: Path | None = None
+    """Where the accepted manifests are kept, so that no restart goes back behind them."""
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -82,6 +82,16 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
         ),
         _write_once(subjects.BLOB_MARKER_STREAM, "casemate.blob.marker.*", settings),
         _write_once(subjects.HEAD_STREAM, "casemate.head.*", settings),
+        _write_once(subjects.MANIFEST_STREAM, "casemate.manifest.*", settings),
+        _write_once(subjects.REVOCATION_STREAM, subjects.EVERY_REVOCATION, settings),
+        _stream(
+            subjects.LEDGER_HEAD_STREAM,
+            "casemate.ledger-head.*",
+            settings,
+            discard=DiscardPolicy.OLD,
+            max_msgs_per_subject=1,
+            allow_direct=True,
+        ),
         _stream(
             subjects.JOB_STREAM, f"$KV.{subjects.JOB_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
         ),

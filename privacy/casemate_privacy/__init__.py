@@ -5,8 +5,9 @@ Importing it does not import ``dp_accounting`` (a second of SciPy): functions th
 
 from .accounting import epsilon, epsilon_estimate, person_epsilon
 from .calibration import noise_multiplier, sample_rate
-from .events import TrainingEvent
-from .owners import OwnersPlan, OwnerTarget, plan_job, plan_rates
+from .events import GaussianSumEvent, PrivacyEvent, TrainingEvent
+from .lifetime import LifetimeLoss
+from .owners import Choice, OwnersPlan, OwnerTarget, plan_job, plan_rates, weigh_choices
 from .renyi import CURVE_MAX, ORDERS, ZERO_CURVE, Curve, add_curves, check_curve, rdp_curve, rdp_epsilon
 from .renyi_filter import RenyiFilter
 
@@ -14,9 +15,13 @@ __all__ = [
     "CURVE_MAX",
     "ORDERS",
     "ZERO_CURVE",
+    "Choice",
     "Curve",
+    "GaussianSumEvent",
+    "LifetimeLoss",
     "OwnerTarget",
     "OwnersPlan",
+    "PrivacyEvent",
     "RenyiFilter",
     "TrainingEvent",
     "add_curves",
@@ -30,4 +35,5 @@ __all__ = [
     "rdp_curve",
     "rdp_epsilon",
     "sample_rate",
+    "weigh_choices",
 ]

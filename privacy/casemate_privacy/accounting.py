@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from casemate_schemas.errors import ParameterError
 
-from .events import MAX_EPSILON, TrainingEvent, check_delta, merge
+from .events import MAX_EPSILON, MAX_UNIT_RECORDS, GaussianSumEvent, PrivacyEvent, TrainingEvent, check_delta, merge
 from .renyi import ZERO_CURVE, add_curves, rdp_curve, rdp_epsilon
 
 if TYPE_CHECKING:
@@ -23,12 +23,9 @@ if TYPE_CHECKING:
 MAX_EVENTS: Final = 1024
 """Bound on the distinct events of one composition: each costs about 0.05 s."""
 
-MAX_PERSON_RECORDS: Final = 16
-"""Bound on the records of one person in one job."""
 
-
-def epsilon(events: TrainingEvent | Sequence[TrainingEvent], delta: float) -> float:
-    """Epsilon of the (epsilon, ``delta``)-guarantee of ``events`` together, under add/remove of one record.
+def epsilon(events: PrivacyEvent | Sequence[PrivacyEvent], delta: float) -> float:
+    """Epsilon of the (epsilon, ``delta``)-guarantee of ``events`` together, under add/remove of one privacy unit.
 
     An upper bound, above the true value by some 0.01 % for up to 10,000 steps and 0.2 % for a million; the same for the
     same arguments. Beyond an epsilon of 100 the coarser Rényi bound is returned instead.
@@ -48,26 +45,26 @@ def epsilon(events: TrainingEvent | Sequence[TrainingEvent], delta: float) -> fl
     5.773
     """
     check_delta(delta)
-    distinct = merge([events] if isinstance(events, TrainingEvent) else events)
+    distinct = merge([events] if isinstance(events, TrainingEvent | GaussianSumEvent) else events)
     if len(distinct) > MAX_EVENTS:
         raise ParameterError(f"expected at most {MAX_EVENTS} distinct events, got {len(distinct)}")
     return _epsilon(distinct, delta)
 
 
-def epsilon_estimate(events: Sequence[TrainingEvent], delta: float) -> float:
+def epsilon_estimate(events: Sequence[PrivacyEvent], delta: float) -> float:
     """What ``events``, run as separate jobs, would cost had they been fixed in advance: to be shown, never enforced.
 
     Jobs are chosen with knowledge of earlier results, and no privacy loss distribution accounts for that. Arguments and
-    errors as for :func:`epsilon`.
+    errors as for :func:`epsilon`. From scratch; :class:`~casemate_privacy.lifetime.LifetimeLoss` does it job by job.
     """
     return epsilon(events, delta)
 
 
 def person_epsilon(events: Sequence[TrainingEvent], delta: float) -> float:
-    """Epsilon, at ``delta``, of a person with one record in the data of each of several owners of *one* job.
+    """Epsilon, at ``delta``, of a person with records in the data of each of several owners of *one* job.
 
     Args:
-        events: the job's event for each of those owners, up to 16: equal in noise multiplier and steps.
+        events: the job's event for each of those owners, equal in noise multiplier and steps; up to 16 records together.
         delta: in [1e-10, 0.5].
 
     The owners share one noise, so this is a group's privacy and *not* the sum of the owners' guarantees: the records may
@@ -83,8 +80,8 @@ def person_epsilon(events: Sequence[TrainingEvent], delta: float) -> float:
     [1.181, 2.732, 4.529]
     """
     check_delta(delta)
-    if not 1 <= len(events) <= MAX_PERSON_RECORDS:
-        raise ParameterError(f"expected 1 to {MAX_PERSON_RECORDS} events, got {len(events)}")
+    if not 1 <= sum(event.unit_records for event in events) <= MAX_UNIT_RECORDS:
+        raise ParameterError(f"expected 1 to {MAX_UNIT_RECORDS} records of one person")
     if len({(event.noise_multiplier, event.steps) for event in events}) > 1:
         raise ParameterError("expected the events of one job: one noise multiplier, one number of steps")
     return _person_epsilon(tuple(events), delta)
@@ -106,14 +103,24 @@ def _epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
     return min(float(composed.get_epsilon_for_delta(delta)), bound)
 
 
+def event_pld(event: TrainingEvent, delta: float) -> PrivacyLossDistribution:
+    """The pessimistic distribution of one event's loss, at the resolution of its own epsilon at ``delta``."""
+    bound = rdp_epsilon(rdp_curve(event), delta)
+    return _event_pld(event, _interval(_loss_deviation(event), min(bound, MAX_EPSILON)))
+
+
+@lru_cache(maxsize=16)
 def _event_pld(event: TrainingEvent, interval: float) -> PrivacyLossDistribution:
     """The pessimistic distribution of all the event's steps."""
     from dp_accounting.pld import privacy_loss_distribution
 
     if event.rate_upper == 1.0:
         return privacy_loss_distribution.from_gaussian_mechanism(
-            event.noise_multiplier / math.sqrt(event.steps), value_discretization_interval=interval
+            event.noise_multiplier / (event.unit_records * math.sqrt(event.steps)),
+            value_discretization_interval=interval,
         )
+    if event.unit_records > 1:
+        return _group_step([event], interval).self_compose(event.steps)
     return privacy_loss_distribution.from_gaussian_mechanism(
         event.noise_multiplier, sampling_prob=event.rate_upper, value_discretization_interval=interval
     ).self_compose(event.steps)
@@ -122,19 +129,25 @@ def _event_pld(event: TrainingEvent, interval: float) -> PrivacyLossDistribution
 @lru_cache(maxsize=128)
 def _person_epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
     """:func:`person_epsilon` of checked events."""
-    from dp_accounting.pld import privacy_loss_distribution
-
     scale = sum(rdp_epsilon(rdp_curve(event), delta) for event in events)
     if scale > MAX_EPSILON:
         raise ParameterError(f"no meaningful guarantee: the owners' epsilons alone add to {scale:.0f}")
     deviation = math.fsum(_loss_deviation(event) for event in events)
-    step = privacy_loss_distribution.from_mixture_gaussian_mechanism(
-        events[0].noise_multiplier,
-        sensitivities=[float(count) for count in range(len(events) + 1)],
-        sampling_probs=_batch_counts([event.rate_upper for event in events]),
-        value_discretization_interval=_interval(deviation, scale),
-    )
+    step = _group_step(events, _interval(deviation, scale))
     return float(step.self_compose(events[0].steps).get_epsilon_for_delta(delta))
+
+
+def _group_step(events: Sequence[TrainingEvent], interval: float) -> PrivacyLossDistribution:
+    """One step's distribution for a group of records under one noise: how many of them the batch holds is mixed over."""
+    from dp_accounting.pld import privacy_loss_distribution
+
+    rates = [event.rate_upper for event in events for _ in range(event.unit_records)]
+    return privacy_loss_distribution.from_mixture_gaussian_mechanism(
+        events[0].noise_multiplier,
+        sensitivities=[float(count) for count in range(len(rates) + 1)],
+        sampling_probs=_batch_counts(rates),
+        value_discretization_interval=interval,
+    )
 
 
 def _batch_counts(rates: Sequence[float]) -> list[float]:
@@ -149,7 +162,7 @@ def _batch_counts(rates: Sequence[float]) -> list[float]:
 
 def _loss_deviation(event: TrainingEvent) -> float:
     """The size of one step's privacy loss: its standard deviation, or nearly."""
-    sigma = event.noise_multiplier
+    sigma = event.noise_multiplier / event.unit_records
     if event.rate_upper == 1.0:
         return math.sqrt(event.steps) / sigma
     return min(event.rate_upper * math.sqrt(math.expm1(1 / sigma**2)), 1 / sigma)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from casemate_schemas.errors import ParameterError
 
@@ -33,6 +33,9 @@ MAX_DELTA: Final = 0.5
 MAX_EPSILON: Final = 100.0
 """Largest epsilon anyone may ask for. Guarantees beyond it are reported, but nobody plans for them."""
 
+MAX_UNIT_RECORDS: Final = 16
+"""Bound on the records of one person or subject in one job."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingEvent:
@@ -43,21 +46,25 @@ class TrainingEvent:
             most 2**64.
         noise_multiplier: standard deviation of the noise over the clipping norm, in [0.3, 10,000].
         steps: number of releases, 1 to 1,000,000.
+        unit_records: the most records that belong to one privacy unit, 1 to 16. One if the unit is a record; if it is a
+            subject, the declared cap. Records are sampled and clipped each by itself.
 
     Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, NaN included.
 
     >>> TrainingEvent(Fraction(1, 4), 2.0, 100)
-    TrainingEvent(sample_rate=Fraction(1, 4), noise_multiplier=2.0, steps=100)
+    TrainingEvent(sample_rate=Fraction(1, 4), noise_multiplier=2.0, steps=100, unit_records=1)
     """
 
     sample_rate: Fraction
     noise_multiplier: float
     steps: int
+    unit_records: int = 1
 
     def __post_init__(self) -> None:
         check_rate(self.sample_rate)
         check_range("noise multiplier", self.noise_multiplier, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
         check_steps(self.steps)
+        check_unit_records(self.unit_records)
 
     @property
     def rate_upper(self) -> float:
@@ -66,9 +73,14 @@ class TrainingEvent:
         return rate if Fraction(rate) >= self.sample_rate else math.nextafter(rate, 1.0)
 
     def to_dp_event(self) -> DpEvent:
-        """The same event for ``dp_accounting``, with the rate rounded up to a float."""
+        """The same event for ``dp_accounting``, with the rate rounded up to a float.
+
+        Raises :class:`~casemate_schemas.errors.ParameterError` for a unit of several records, which its events cannot say.
+        """
         from dp_accounting import dp_event as dp
 
+        if self.unit_records != 1:
+            raise ParameterError("only events whose unit is one record have a form in dp_accounting")
         step = dp.PoissonSampledDpEvent(self.rate_upper, dp.GaussianDpEvent(self.noise_multiplier))
         return dp.SelfComposedDpEvent(step, self.steps)
 
@@ -90,16 +102,62 @@ class TrainingEvent:
         raise ParameterError("expected a self-composed, Poisson-sampled Gaussian event")
 
 
-def merge(events: Sequence[TrainingEvent]) -> tuple[TrainingEvent, ...]:
+@dataclass(frozen=True, slots=True)
+class GaussianSumEvent:
+    """``releases`` sums over *all* records with Gaussian noise: what evaluations, statistics and DP metrics release.
+
+    Args:
+        sensitivity: how far one record can move the released vector, in Euclidean norm; positive.
+        noise_std: standard deviation of the noise, in the same unit; 0.3 to 10,000 times the sensitivity.
+        releases: their number, 1 to 1,000,000.
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, NaN included.
+
+    >>> GaussianSumEvent(sensitivity=2.0, noise_std=10.0, releases=3).sampled
+    TrainingEvent(sample_rate=Fraction(1, 1), noise_multiplier=5.0, steps=3, unit_records=1)
+    """
+
+    sensitivity: float
+    noise_std: float
+    releases: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("sensitivity", self.sensitivity, 1e-100, 1e100)
+        check_range("standard deviation of the noise", self.noise_std, 1e-100, 1e100)
+        check_range("noise over sensitivity", self._ratio, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
+        check_steps(self.releases)
+
+    @property
+    def sampled(self) -> TrainingEvent:
+        """The same release as steps that sample every record, with the noise multiplier rounded down."""
+        return TrainingEvent(Fraction(1), self._ratio, self.releases)
+
+    @property
+    def _ratio(self) -> float:
+        ratio = self.noise_std / self.sensitivity
+        exact = Fraction(ratio) * Fraction(self.sensitivity) <= Fraction(self.noise_std)
+        return ratio if exact else math.nextafter(ratio, 0.0)
+
+
+PrivacyEvent: TypeAlias = TrainingEvent | GaussianSumEvent
+"""Whatever a job may release."""
+
+
+def sampled(event: PrivacyEvent) -> TrainingEvent:
+    """The one form that accountants work on."""
+    return event.sampled if isinstance(event, GaussianSumEvent) else event
+
+
+def merge(events: Sequence[PrivacyEvent]) -> tuple[TrainingEvent, ...]:
     """The same composition with equal steps counted together, in a fixed order.
 
-    >>> merge([TrainingEvent(Fraction(1, 4), 2.0, 100), TrainingEvent(Fraction(1, 4), 2.0, 50)])
-    (TrainingEvent(sample_rate=Fraction(1, 4), noise_multiplier=2.0, steps=150),)
+    >>> merge([TrainingEvent(Fraction(1), 2.0, 100), GaussianSumEvent(1.0, 2.0, 50)])
+    (TrainingEvent(sample_rate=Fraction(1, 1), noise_multiplier=2.0, steps=150, unit_records=1),)
     """
-    steps: Counter[tuple[Fraction, float]] = Counter()
-    for event in events:
-        steps[event.sample_rate, event.noise_multiplier] += event.steps
-    return tuple(TrainingEvent(rate, sigma, count) for (rate, sigma), count in sorted(steps.items()))
+    steps: Counter[tuple[Fraction, float, int]] = Counter()
+    for event in map(sampled, events):
+        steps[event.sample_rate, event.noise_multiplier, event.unit_records] += event.steps
+    return tuple(TrainingEvent(rate, sigma, count, unit) for (rate, sigma, unit), count in sorted(steps.items()))
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
@@ -124,6 +182,13 @@ def check_steps(value: int) -> None:
     if not isinstance(value, int):
         raise ParameterError(f"steps: expected an integer, got {type(value).__name__}")
     check_range("steps", value, 1, MAX_STEPS)
+
+
+def check_unit_records(value: int) -> None:
+    """Refuse a number of records of one unit that is not an integer in [1, 16]."""
+    if not isinstance(value, int):
+        raise ParameterError(f"records of one unit: expected an integer, got {type(value).__name__}")
+    check_range("records of one unit", value, 1, MAX_UNIT_RECORDS)
 
 
 def check_rate(value: Fraction) -> None:

@@ -8,7 +8,7 @@ all. People with records at several owners: :func:`casemate_privacy.accounting.p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -99,6 +99,60 @@ def plan_job(owners: Sequence[OwnerTarget], steps: int, expected_batch: float) -
         return expected_batch / _expected_batch(owners, plan_rates(owners, steps, sigma))
 
     return plan_rates(owners, steps, crossing(missing, 1.0, min(needed), max(needed), tolerance=3e-3))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to run a job, and what is left of its signal.
+
+    ``samples`` is how many records each of the owners in ``names`` gives to a step on average, if its data has the declared
+    rows. ``noise_to_signal`` is the noise's standard deviation in each coordinate of a step's mean gradient, in clipping
+    norms: no step's signal is longer than one clipping norm.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    plan: OwnersPlan
+    samples: tuple[float, ...]
+    noise_to_signal: float
+
+
+def weigh_choices(owners: Mapping[str, OwnerTarget], steps: int, expected_batch: float) -> tuple[Choice, ...]:
+    """What individual budgets are worth: rates by owner, against one budget for all, against leaving the strictest out.
+
+    Where all owners' targets are alike there is only one choice. Leaving out is one only where the others have rows enough
+    for the batch. Arguments and errors as for :func:`plan_job`; takes a second or two a choice.
+
+    >>> owners = {"north": OwnerTarget(400, 3.0, 1e-3), "south": OwnerTarget(400, 1.0, 1e-3)}
+    >>> for choice in weigh_choices(owners, steps=100, expected_batch=80):
+    ...     print(choice.name, [round(count) for count in choice.samples], round(choice.noise_to_signal, 3))
+    a budget for each [57, 23] 0.021
+    the strictest for all [40, 40] 0.034
+    without south [80] 0.028
+    """
+    chosen = {"a budget for each": dict(owners)}
+    strictest = min(owners.values(), key=lambda owner: (owner.epsilon, owner.delta))
+    alike = {name for name, owner in owners.items() if (owner.epsilon, owner.delta) == _budget_of(strictest)}
+    if len(alike) < len(owners):
+        lowest_delta = min(owner.delta for owner in owners.values())
+        chosen["the strictest for all"] = {
+            name: OwnerTarget(owner.rows, strictest.epsilon, lowest_delta) for name, owner in owners.items()
+        }
+        rest = {name: owner for name, owner in owners.items() if name not in alike}
+        if expected_batch <= sum(owner.rows for owner in rest.values()):
+            chosen[f"without {', '.join(sorted(alike))}"] = rest
+    return tuple(_choice(name, targets, steps, expected_batch) for name, targets in chosen.items())
+
+
+def _budget_of(owner: OwnerTarget) -> tuple[float, float]:
+    return owner.epsilon, owner.delta
+
+
+def _choice(name: str, targets: Mapping[str, OwnerTarget], steps: int, expected_batch: float) -> Choice:
+    owners = tuple(targets.values())
+    plan = plan_job(owners, steps, expected_batch)
+    samples = tuple(owner.rows * float(rate) for owner, rate in zip(owners, plan.rates, strict=True))
+    return Choice(name, tuple(targets), plan, samples, plan.noise_multiplier / math.fsum(samples))
 
 
 def _expected_batch(owners: Sequence[OwnerTarget], plan: OwnersPlan) -> float:

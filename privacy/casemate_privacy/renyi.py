@@ -15,7 +15,7 @@ import numpy as np
 from casemate_schemas.errors import ParameterError
 from numpy.typing import NDArray
 
-from .events import TrainingEvent
+from .events import PrivacyEvent, sampled
 
 Curve: TypeAlias = tuple[float, ...]
 Array: TypeAlias = NDArray[np.float64]
@@ -38,20 +38,29 @@ ZERO_CURVE: Final[Curve] = (0.0,) * len(ORDERS)
 _OUTWARD: Final = 1 + 1e-9
 """Factor that covers the rounding of all that follows (measured below 1e-11 against 60-digit arithmetic)."""
 
+_ROUNDING: Final = 1e-12
+"""Added where a divergence near zero is the logarithm of a sum near one."""
 
-def rdp_curve(event: TrainingEvent) -> Curve:
+_MAX_POINTS: Final = 1 << 16
+"""Of one quadrature over a mixture: some 20 ms."""
+
+
+def rdp_curve(event: PrivacyEvent) -> Curve:
     """Upper bounds on the Rényi divergence of ``event`` at each of :data:`ORDERS`.
 
     Source: Mironov, Talwar, Zhang, "Rényi Differential Privacy of the Sampled Gaussian Mechanism" (2019), theorem 4 (the
-    order of neighbours that dominates) and section 3.3 (integer orders); fractional orders by quadrature. Orders whose
+    order of neighbours that dominates) and section 3.3 (integer orders); fractional orders by quadrature. Units of several
+    records: the mixture of Gaussians over how many of them a batch holds, both directions by quadrature. Orders whose
     divergence exceeds :data:`CURVE_MAX` saturate.
 
     >>> from fractions import Fraction
+    >>> from casemate_privacy import TrainingEvent
     >>> curve = rdp_curve(TrainingEvent(Fraction(1, 10), 2.0, 100))
     >>> [(order, round(value, 4)) for order, value in zip(ORDERS, curve) if order in (2, 4.5, 20)]
     [(2, 0.2836), (4.5, 0.6856), (20, 18.8314)]
     """
-    step = _step_curve(event.rate_upper, event.noise_multiplier)
+    event = sampled(event)
+    step = _step_curve(event.rate_upper, event.noise_multiplier, event.unit_records)
     return tuple(min(value * event.steps * _OUTWARD, CURVE_MAX) for value in step)
 
 
@@ -83,6 +92,7 @@ def rdp_epsilon(curve: Sequence[float], delta: float) -> float:
     Kamath, Steinke, "The Discrete Gaussian for Differential Privacy" (2020), proposition 12.
 
     >>> from fractions import Fraction
+    >>> from casemate_privacy import TrainingEvent
     >>> round(rdp_epsilon(rdp_curve(TrainingEvent(Fraction("0.0819"), 3.0, 2000)), 1e-5), 3)
     6.237
     """
@@ -95,12 +105,51 @@ def rdp_epsilon(curve: Sequence[float], delta: float) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _step_curve(rate: float, sigma: float) -> Curve:
+def _step_curve(rate: float, sigma: float, records: int = 1) -> Curve:
     """The divergence of one step at each order."""
+    if records > 1:
+        return _group_curve(rate, sigma, records)
     if rate == 1.0:
         return tuple(order / (2 * sigma * sigma) for order in ORDERS)
     moments = (_log_moment_integer if order == int(order) else _log_moment_fractional for order in ORDERS)
     return tuple(moment(order, rate, sigma) / (order - 1) for moment, order in zip(moments, ORDERS, strict=True))
+
+
+def _group_curve(rate: float, sigma: float, records: int) -> Curve:
+    """The divergence for a unit of several records, each sampled by itself: of sum_k p_k N(k, sigma^2) from N(0, sigma^2).
+
+    At most that of moving by all records at every step, which stands in where the quadrature would be too long.
+    """
+    bound = _step_curve(1.0, math.nextafter(sigma / records, 0.0))
+    if rate == 1.0:
+        return bound
+    counts = np.arange(records + 1)
+    log_weight = np.array([math.log(math.comb(records, k)) for k in range(records + 1)])
+    log_weight += counts * math.log(rate) + (records - counts) * math.log1p(-rate)
+    return tuple(
+        min(_group_divergence(order, log_weight, sigma), limit) for order, limit in zip(ORDERS, bound, strict=True)
+    )
+
+
+def _group_divergence(order: float, log_weight: Array, sigma: float) -> float:
+    """The larger of both directions at one order, by the trapezoid rule; infinite where that would take too long.
+
+    A polynomial of degree m with positive coefficients has no zero within pi/m of the positive axis (Obreschkoff 1923), so
+    the integrands are analytic for |Im z| < pi sigma^2 / m, and the rule's error is below 1e-30.
+    """
+    records = len(log_weight) - 1
+    h = min(sigma, sigma * sigma / records) / 4
+    reach = order * records + 14 * sigma
+    if reach / h > _MAX_POINTS:
+        return math.inf
+    divergence = 0.0
+    for power, start, end in ((order, -14 * sigma, reach), (1 - order, -reach, 14 * sigma)):
+        z = np.arange(start, end, h)
+        counts = np.arange(records + 1)[:, None]
+        log_ratio = np.logaddexp.reduce(log_weight[:, None] + counts * (2 * z - counts) / (2 * sigma * sigma))
+        log_density = -z * z / (2 * sigma * sigma) + math.log(h / (sigma * math.sqrt(2 * math.pi)))
+        divergence = max(divergence, float(np.logaddexp.reduce(log_density + power * log_ratio)))
+    return (divergence + _ROUNDING) / (order - 1)
 
 
 def _log_moment_integer(order: float, rate: float, sigma: float) -> float:

@@ -17,8 +17,8 @@ from typing import Final
 import numpy as np
 
 from .accounting import epsilon as pld_epsilon
-from .events import TrainingEvent, check_delta, check_epsilon
-from .renyi import CURVE_MAX, ORDERS, Array, add_curves, check_curve, rdp_curve
+from .events import PrivacyEvent, check_delta, check_epsilon
+from .renyi import CURVE_MAX, ORDERS, Array, add_curves, check_curve, rdp_curve, rdp_epsilon
 
 _ORDERS: Final = np.array(ORDERS)
 _EXCESS: Final = np.concatenate([[0.0], np.geomspace(1e-4, 40.0, 1280)])
@@ -47,7 +47,7 @@ class RenyiFilter:
     Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, and for malformed curves.
 
     >>> from fractions import Fraction
-    >>> from casemate_privacy.renyi import ZERO_CURVE
+    >>> from casemate_privacy import TrainingEvent, ZERO_CURVE
     >>> budget, job = RenyiFilter(3.0, 1e-5), rdp_curve(TrainingEvent(Fraction(1, 100), 1.0, 300))
     >>> spent, jobs = ZERO_CURVE, 0
     >>> while budget.admits(spent, job):
@@ -67,7 +67,7 @@ class RenyiFilter:
         """Whether a release with the curve ``new`` keeps the guarantee after releases of total ``spent``."""
         return self._covers(add_curves(spent, new), self.epsilon)
 
-    def admits_event(self, spent: Sequence[float], event: TrainingEvent) -> bool:
+    def admits_event(self, spent: Sequence[float], event: PrivacyEvent) -> bool:
         """:meth:`admits`, or, for the very first release, that its own exact epsilon fits the budget.
 
         The first release depends on no output, so its PLD is a guarantee. If only the PLD admits it, no later release
@@ -85,7 +85,8 @@ class RenyiFilter:
         check_curve(spent)
         if not any(spent):
             return 0.0
-        return _bisect(lambda epsilon: self._covers(spent, epsilon), low=1e-6, high=1e6)
+        guess = rdp_epsilon(spent, self.delta)
+        return _smallest(lambda epsilon: self._excess(spent, epsilon), (guess, 1.2 * guess), (1e-6, 1e6))
 
     def remaining_epsilon(self, spent: Sequence[float]) -> float:
         """Epsilon of the largest single Gaussian release, at this delta, that would still be admitted; rounded down.
@@ -98,18 +99,26 @@ class RenyiFilter:
             return self.epsilon
         if not self.admits(spent, _gaussian_curve(_SIGMA_RANGE[1])):
             return 0.0
-        sigma = _bisect(lambda value: self.admits(spent, _gaussian_curve(value)), *_SIGMA_RANGE)
+        sigma = _smallest(
+            lambda value: self._excess(add_curves(spent, _gaussian_curve(value)), self.epsilon),
+            (1.0, 32.0),
+            _SIGMA_RANGE,
+        )
         from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
         return float(min(get_epsilon_gaussian(sigma, self.delta), self.epsilon))
 
     def _covers(self, total: Sequence[float], epsilon: float) -> bool:
         """Whether (1 - exp(epsilon - loss))+ <= delta * mixture(loss) for every privacy loss."""
+        return self._excess(total, epsilon) <= 0
+
+    def _excess(self, total: Sequence[float], epsilon: float) -> float:
+        """By what factor, as a logarithm, the left side of that is larger at the worst loss. It falls with epsilon."""
         check_curve(total)
         exponent = _TILT + (_log_weights(self.epsilon, self.delta) + (_ORDERS - 1) * (epsilon - np.array(total)))
         peak = exponent.max(axis=1)
         log_mixture = peak + np.log(np.exp(exponent - peak[:, None]).sum(axis=1))
-        return bool((_LOG_FRACTION - log_mixture).max() <= math.log(self.delta) - _OUTWARD)
+        return float((_LOG_FRACTION - log_mixture).max()) - (math.log(self.delta) - _OUTWARD)
 
 
 @lru_cache(maxsize=256)
@@ -139,10 +148,20 @@ def _gaussian_curve(sigma: float) -> tuple[float, ...]:
     return tuple(min(order / (2 * sigma * sigma), CURVE_MAX) for order in ORDERS)
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The smallest value, rounded up by less than 1e-9 of it, from which a monotone condition holds; else ``high``."""
-    log_low, log_high = math.log(low), math.log(high)
-    for _ in range(40):
-        middle = (log_low + log_high) / 2
-        log_low, log_high = (log_low, middle) if holds(math.exp(middle)) else (middle, log_high)
-    return math.exp(log_high)
+def _smallest(excess: Callable[[float], float], near: tuple[float, float], within: tuple[float, float]) -> float:
+    """The smallest value, rounded up by less than 1e-8 of it, from which a falling function is not above zero.
+
+    It is looked for in ``near`` first. The upper end of ``within`` if there is none in it.
+    """
+    from scipy.optimize import brentq
+
+    low, high = (min(max(value, within[0]), within[1]) for value in near)
+    if not (excess(low) > 0 >= excess(high)):
+        low, high = within
+    if excess(low) <= 0 or excess(high) > 0:
+        return low if excess(low) <= 0 else high
+    found = brentq(lambda value: excess(math.exp(value)), math.log(low), math.log(high), xtol=1e-9)  # type: ignore[no-untyped-call]
+    value = math.exp(found)
+    while excess(value) > 0:
+        value *= 1 + 2e-9
+    return min(value, high)

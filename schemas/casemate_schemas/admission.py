@@ -65,7 +65,9 @@ class PrecheckRequest(WireModel):
 class PrecheckAnswer(WireModel):
     """A key broker's word on terms, before any worker is held. Signed by the key broker.
 
-    ``detail`` is an envelope to the submitter with the refusal in words; the gateway sees the reason code only.
+    ``awaiting`` is no answer yet: all is well but for approvals that are missing, and it is asked again later.
+    ``detail`` is an envelope to the submitter with the refusal, or what is awaited, in words; the gateway sees the reason
+    code only.
     """
 
     KIND: ClassVar[str] = "precheck-answer"
@@ -75,7 +77,7 @@ class PrecheckAnswer(WireModel):
     key_broker: Name
     job_id: JobId
     terms: Digest
-    decision: Literal["yes", "refused"]
+    decision: Literal["yes", "awaiting", "refused"]
     reason: ReasonCode | None
     detail: Annotated[bytes, Field(max_length=MAX_DETAIL_BYTES)] | None
     at: UnixMs

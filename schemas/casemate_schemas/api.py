@@ -13,6 +13,8 @@ PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
 PROBLEM_TYPE_PREFIX: Final = "https://casemate.dev/problems/"
 DELEGATION_HEADER: Final = "Casemate-Delegation"
 """Base64 of the canonical signed delegation of whoever signs the request."""
+JOB_HEADER: Final = "Casemate-Job"
+"""Of a message to a key broker: the job that it may have something to do with. A hint, which nobody has to give or heed."""
 SIGNATURE_LABEL: Final = "casemate"
 SIGNATURE_TAG: Final = "casemate-v1"
 SIGNATURE_WINDOW_S: Final = 60
@@ -20,6 +22,8 @@ SIGNED_COMPONENTS: Final = ("@method", "@target-uri", "content-digest", "casemat
 """Covered by every request's RFC 9421 signature; ``content-digest`` (RFC 9530, sha-256) is present even for no body."""
 
 CONSORTIUM_PATH: Final = "/v1/consortium"
+MANIFEST_PATH: Final = "/v1/consortium/manifest"
+REVOCATIONS_PATH: Final = "/v1/consortium/revocations"
 ENVELOPES_PATH: Final = "/v1/envelopes"
 KEY_BROKERS_PATH: Final = "/v1/key-brokers"
 JOBS_PATH: Final = "/v1/jobs"
@@ -41,6 +45,21 @@ class ProblemDetails(JsonModel):
     reason: str
 
 
+class ManifestPublished(JsonModel):
+    """A manifest is in force at the gateway, and on its way to everyone else."""
+
+    number: int
+    digest: str
+
+
+class RevocationPublished(JsonModel):
+    """A revocation is in force at the gateway, and on its way to the key brokers."""
+
+    member: str
+    person: str
+    before: int
+
+
 class EnvelopeStored(JsonModel):
     """An envelope is stored, whole and with the digest its header says."""
 
@@ -49,7 +68,10 @@ class EnvelopeStored(JsonModel):
 
 
 class ApprovalStatus(JsonModel):
-    """One key broker's word on a job; ``answer`` is its signed answer in base64, once given."""
+    """One key broker's word on a job; ``answer`` is its signed answer in base64, once given.
+
+    A pending one may have an answer too, which tells the submitter what is awaited.
+    """
 
     key_broker: str
     verdict: str

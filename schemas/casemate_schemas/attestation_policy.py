@@ -14,6 +14,10 @@ from pydantic import Field, StringConstraints, model_validator
 from .codec import Digest, WireModel
 
 Product = Literal["Milan", "Genoa", "Turin"]
+EvidenceType = Literal["sev-snp", "sev-snp-vtpm"]
+"""Kinds of evidence: a report over the claims; a paravisor's report, and a quote by its virtual TPM over the claims."""
+PROCESSOR_TYPES: Final[frozenset[EvidenceType]] = frozenset({"sev-snp", "sev-snp-vtpm"})
+"""The kinds that vouch for the processor: all evidence holds exactly one, whatever stands beside it."""
 
 AMD_ARK_SHA256: Final = MappingProxyType[Product, bytes](
     {
@@ -49,6 +53,9 @@ class TcbVersion(WireModel):
     tee: Byte = 0
     snp: Byte = 0
     ucode: Byte = 0
+
+    def __str__(self) -> str:
+        return f"fmc={self.fmc} bl={self.bl} tee={self.tee} snp={self.snp} ucode={self.ucode}"
 
     def covers(self, floor: TcbVersion) -> bool:
         """Whether every component is at least ``floor``'s."""
@@ -104,7 +111,36 @@ class PlatformRules(WireModel):
     rapl_dis: bool | None = None
     ciphertext_hiding: bool | None = None
     alias_check: bool | None = None
+    iommu_write_safe: bool | None = None
+    """Bit 6, which platforms with the mitigation of AMD-SB-3016 (CVE-2023-20585) set."""
     tio: bool | None = None
+
+
+class PcrRule(WireModel):
+    """The values that one platform configuration register (SHA-256 bank) may have.
+
+    Registers 0 to 15 keep their history until a restart; software can reset some of those above, so no rule rests on one.
+    """
+
+    index: Annotated[int, Field(ge=0, le=15)]
+    digests: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=64)]
+
+
+class VtpmRules(WireModel):
+    """What a virtual TPM must have measured. Registers without a rule may hold anything."""
+
+    pcrs: Annotated[tuple[PcrRule, ...], Field(max_length=16)] = ()
+
+    @model_validator(mode="after")
+    def _one_rule_each(self) -> Self:
+        indices = [rule.index for rule in self.pcrs]
+        if indices != sorted(set(indices)):
+            raise ValueError("rules must be sorted by register, one each")
+        return self
+
+
+Combination = Annotated[tuple[EvidenceType, ...], Field(min_length=1, max_length=8)]
+"""Types of evidence that must come together: all of them, and no other."""
 
 
 class AppraisalPolicy(WireModel):
@@ -115,6 +151,9 @@ class AppraisalPolicy(WireModel):
     simulation: bool
     """True accepts simulated chips only, false accepts AMD's only; nothing accepts both."""
     products: Annotated[tuple[AcceptedProduct, ...], Field(min_length=1, max_length=3)]
+    evidence_types: Annotated[tuple[Combination, ...], Field(min_length=1, max_length=8)] = (("sev-snp",),)
+    """The accepted combinations: evidence holds exactly the types of one of them."""
+    vtpm: VtpmRules = VtpmRules()
     min_report_version: Annotated[int, Field(ge=2, le=5)] = 2
     measurements: Annotated[tuple[Measurement, ...], Field(max_length=64)] = ()
     host_data: Digest | None = None
@@ -138,6 +177,17 @@ class AppraisalPolicy(WireModel):
     """The providers whose VLEKs are accepted."""
     crl_required: bool = False
     """Whether evidence without a current revocation list is refused."""
+    max_crl_age_s: Annotated[int, Field(ge=1, lt=1 << 32)] | None = None
+    """The oldest list that is good enough, by the time since it was issued. With it, a list is required."""
+
+    @model_validator(mode="after")
+    def _combinations_have_one_processor(self) -> Self:
+        for types in self.evidence_types:
+            if list(types) != sorted(set(types)):
+                raise ValueError("the types of a combination must be sorted, one each")
+            if len(PROCESSOR_TYPES.intersection(types)) != 1:
+                raise ValueError("each combination must hold exactly one type for the processor")
+        return self
 
     @model_validator(mode="after")
     def _roots_are_of_one_kind(self) -> Self:
@@ -160,3 +210,18 @@ class AttestationPolicy(AppraisalPolicy):
 
     min_report_version: Annotated[int, Field(ge=2, le=5)] = 3
     measurements: Annotated[tuple[Measurement, ...], Field(min_length=1, max_length=64)]
+    key_broker_measurements: Annotated[tuple[Measurement, ...], Field(max_length=64)] = ()
+    """The images of enclave-hosted key brokers; without any, none is accepted."""
+
+    @model_validator(mode="after")
+    def _images_have_one_part(self) -> Self:
+        if set(self.measurements) & set(self.key_broker_measurements):
+            raise ValueError("one image cannot be a worker's and a key broker's")
+        return self
+
+    @model_validator(mode="after")
+    def _virtual_tpms_have_reference_values(self) -> Self:
+        """The launch measurement covers the paravisor alone: what it started is known by the registers only."""
+        if any("sev-snp-vtpm" in types for types in self.evidence_types) and not self.vtpm.pcrs:
+            raise ValueError("evidence by a virtual TPM needs reference values for its registers")
+        return self

@@ -7,15 +7,16 @@ back behind it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .attestation_policy import AttestationPolicy
 from .codec import Digest, Name, Text, UnixMs, WireModel, decode, domain_digest, encode
-from .errors import AuthenticationError, ManifestError, SignatureError
-from .identity import Delegation
+from .errors import AuthenticationError, ManifestError, SignatureError, UnavailableError
+from .identity import Delegation, Revocation
 from .keys import PublicSigningKey, SealingPublicKey
 from .signatures import Signature, Signed, SigningKey, sign
 
@@ -38,6 +39,7 @@ class KeyBroker(WireModel):
     id: Name
     serves: Annotated[tuple[Name, ...], Field(min_length=1, max_length=256)]
     hosted: Literal["member", "enclave"] = "member"
+    """On a machine of its member's, or in an enclave on anyone's: then whoever seals to it attests it first."""
     signing_key: PublicSigningKey
     sealing_key: SealingPublicKey
 
@@ -74,6 +76,11 @@ class ConsortiumManifest(WireModel):
             raise ValueError("quorum must not exceed the number of members")
         if (self.previous is None) != (self.number == 1):
             raise ValueError("exactly the first version has no previous one")
+        if any(broker.hosted == "enclave" for broker in self.key_brokers):
+            if self.number == 1:
+                raise ValueError("a hosted key broker makes its keys for a consortium that is there already")
+            if not self.attestation.key_broker_measurements:
+                raise ValueError("a hosted key broker needs an accepted image")
         return self
 
     @property
@@ -118,6 +125,10 @@ class SignedManifest(WireModel):
     payload: Annotated[bytes, Field(max_length=MAX_MANIFEST_BYTES)]
     signatures: Annotated[tuple[MemberSignature, ...], Field(min_length=1, max_length=256)]
 
+    def open(self) -> ConsortiumManifest:
+        """The manifest, whoever signed it. Raises :class:`MalformedError` or :class:`TooLargeError`."""
+        return decode(ConsortiumManifest, self.payload, max_bytes=MAX_MANIFEST_BYTES)
+
     @property
     def digest(self) -> bytes:
         """Digest of the manifest itself, independent of who signed."""
@@ -151,6 +162,21 @@ class Consortium:
     id: bytes
     digest: bytes
     manifest: ConsortiumManifest
+    earlier: tuple[bytes, ...] = ()
+    """Digests of the versions before this one, the first one first."""
+    revoked: Mapping[tuple[str, str], int] = field(default_factory=dict, hash=False)
+    """Before when delegations of (member, person) must begin no longer (Unix ms), as far as their member said so."""
+
+    def check_seen(self, number: int, digest: bytes) -> None:
+        """That manifest ``number``, this one or an earlier one, has that digest.
+
+        Raises :class:`UnavailableError` for a number not seen yet (the sender may have seen a newer version), and
+        :class:`ManifestError` for another digest.
+        """
+        if number > self.manifest.number:
+            raise UnavailableError(f"manifest {number} was not seen here yet; the newest is {self.manifest.number}")
+        if not number >= 1 or (*self.earlier, self.digest)[number - 1] != digest:
+            raise ManifestError(f"another manifest than the one of number {number} that is known here")
 
 
 def sign_manifest(manifest: ConsortiumManifest, keys: dict[str, SigningKey]) -> SignedManifest:
@@ -164,38 +190,59 @@ def sign_manifest(manifest: ConsortiumManifest, keys: dict[str, SigningKey]) -> 
 def verify_chain(
     chain: ManifestChain, *, consortium: bytes | None = None, pinned: tuple[int, bytes] | None = None
 ) -> Consortium:
-    """The consortium a chain describes.
+    """The consortium a chain describes, at its newest version.
 
     1. The first manifest is signed by all its members, and has the expected ``consortium`` id if one is given.
-    2. Each later one follows the one before it (number, digest) and is signed by a quorum of *its* members.
+    2. Each later one follows the one before it (:func:`verify_next`).
     3. The chain contains the ``pinned`` (number, digest), so it is not older than what was seen and no fork of it.
 
     Raises :class:`ManifestError`.
     """
+    return verify_versions(chain, consortium=consortium, pinned=pinned)[-1]
+
+
+def verify_versions(
+    chain: ManifestChain, *, consortium: bytes | None = None, pinned: tuple[int, bytes] | None = None
+) -> tuple[Consortium, ...]:
+    """The consortium as it was at each version of a chain, first to newest. Raises as :func:`verify_chain`."""
     first = chain.manifests[0]
     if consortium is not None and first.digest != consortium:
         raise ManifestError("the chain starts with another consortium's manifest")
-    current = _opened(first)
-    if current.number != 1 or _signers(first, current) != {member.id for member in current.members}:
+    founding = first.open()  # 1
+    if founding.number != 1 or _signers(first, founding) != {member.id for member in founding.members}:
         raise ManifestError("the first manifest must have number 1 and the signature of every member")
-    for before, after in zip(chain.manifests, chain.manifests[1:], strict=False):
-        following = _opened(after)
-        if following.number != current.number + 1 or following.previous != before.digest:
-            raise ManifestError(f"manifest {following.number} does not follow manifest {current.number}")
-        if following.simulation != current.simulation:
-            raise ManifestError("a consortium is simulated from its first manifest to its last, or never")
-        if len(_signers(after, current)) < current.quorum:
-            raise ManifestError(f"manifest {following.number} lacks a quorum of {current.quorum} members")
-        current = following
-    if pinned is not None and not _contains(chain, pinned):
+    versions = [Consortium(id=first.digest, digest=first.digest, manifest=founding)]
+    for signed in chain.manifests[1:]:
+        versions.append(verify_next(versions[-1], signed))  # 2
+    if pinned is not None and not _contains(chain, pinned):  # 3
         raise ManifestError(f"the chain does not contain manifest {pinned[0]}, which was seen before")
-    return Consortium(id=first.digest, digest=chain.manifests[-1].digest, manifest=current)
+    return tuple(versions)
+
+
+def verify_next(current: Consortium, signed: SignedManifest) -> Consortium:
+    """The consortium after ``signed``, which must be the version right after ``current``'s.
+
+    1. It has the next number and names the digest of the one before it.
+    2. It is simulated if and only if the one before it is.
+    3. A quorum of the members *before* it signed it, and no signature of theirs is wrong.
+
+    Raises :class:`ManifestError`, and :class:`MalformedError` for what is no manifest.
+    """
+    following = signed.open()
+    number = current.manifest.number
+    if following.number != number + 1 or following.previous != current.digest:  # 1
+        raise ManifestError(f"manifest {following.number} does not follow manifest {number}")
+    if following.simulation != current.manifest.simulation:  # 2
+        raise ManifestError("a consortium is simulated from its first manifest to its last, or never")
+    if len(_signers(signed, current.manifest)) < current.manifest.quorum:  # 3
+        raise ManifestError(f"manifest {following.number} lacks a quorum of {current.manifest.quorum} members")
+    return Consortium(current.id, signed.digest, following, (*current.earlier, current.digest))
 
 
 def verify_delegation(signed: Signed, consortium: Consortium, *, at: int) -> Delegation:
     """The person's delegation, if their member signed it for this consortium and it is valid ``at`` that time.
 
-    Raises :class:`AuthenticationError`.
+    One that the member has revoked since was never valid. Raises :class:`AuthenticationError`.
     """
     try:
         claimed = signed.peek(Delegation)
@@ -206,11 +253,24 @@ def verify_delegation(signed: Signed, consortium: Consortium, *, at: int) -> Del
         raise AuthenticationError("the delegation is for another consortium")
     if not delegation.not_before - MAX_CLOCK_SKEW_MS <= at < delegation.expires:
         raise AuthenticationError("the delegation is not valid at this time: ask the member for a new one")
+    if delegation.not_before < consortium.revoked.get((delegation.member, delegation.person), 0):
+        raise AuthenticationError(f"{delegation.member} has revoked this delegation: ask the member for a new one")
     return delegation
 
 
-def _opened(signed: SignedManifest) -> ConsortiumManifest:
-    return decode(ConsortiumManifest, signed.payload, max_bytes=MAX_MANIFEST_BYTES)
+def verify_revocation(signed: Signed, consortium: Consortium) -> Revocation:
+    """What a member revokes, if its own key signed that for this consortium.
+
+    Raises :class:`AuthenticationError`, or :class:`MalformedError` for what is no revocation.
+    """
+    try:
+        claimed = signed.peek(Revocation)
+        revocation = signed.verify(Revocation, consortium.manifest.member(claimed.member).signing_key)
+    except SignatureError as error:
+        raise AuthenticationError("the revocation is not signed by its member") from error
+    if revocation.consortium != consortium.id:
+        raise AuthenticationError("the revocation is for another consortium")
+    return revocation
 
 
 def _signers(signed: SignedManifest, manifest: ConsortiumManifest) -> set[str]:

@@ -15,6 +15,7 @@ from .codec import Name, Text, WireModel
 
 MAX_ROWS = 1 << 40
 MAX_COLUMNS = 4096
+MAX_RECORDS_PER_SUBJECT = 16
 
 ColumnName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_ .()/%+-]{0,62}[A-Za-z0-9_)%])?$")]
 """A column's name: 1 to 64 characters, no control characters, no leading or trailing space."""
@@ -53,13 +54,27 @@ class DatasetCard(WireModel):
     owner: Name
     columns: Annotated[tuple[Column, ...], Field(min_length=1, max_length=MAX_COLUMNS)]
     row_bound: Annotated[int, Field(ge=1, le=MAX_ROWS)]
-    privacy_unit: Literal["record"] = "record"
+    privacy_unit: Literal["record", "subject"] = "record"
+    """Whose presence is protected: each record's, or that of all records of one subject together."""
+    subject_column: ColumnName | None = None
+    """Names whom a record is about, if the unit is the subject. It is an identifier: no job may use it as a feature."""
+    max_records_per_subject: Annotated[int, Field(ge=1, le=MAX_RECORDS_PER_SUBJECT)] | None = None
+    """The most records of one subject that any job may use; the guarantee of a subject is that of so many records."""
     description: Text = ""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         if len({column.name for column in self.columns}) != len(self.columns):
             raise ValueError("column names must be unique")
+        return self
+
+    @model_validator(mode="after")
+    def _the_subject_is_declared_whole(self) -> Self:
+        given = self.subject_column is not None, self.max_records_per_subject is not None
+        if given != (self.privacy_unit == "subject",) * 2:
+            raise ValueError("subject_column and max_records_per_subject belong to the privacy unit subject, both")
+        if self.subject_column is not None and self.column(self.subject_column) is None:
+            raise ValueError("subject_column must be one of the columns")
         return self
 
     @property

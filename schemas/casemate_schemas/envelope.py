@@ -33,7 +33,7 @@ CHUNK_BYTES: Final = 1 << 20
 MAX_CHUNKS: Final = 1 << 20
 """With 1 MiB chunks an envelope holds at most 1 TiB, far below GCM's bounds for one key."""
 
-EnvelopeKind = Literal["dataset", "job", "terms", "checkpoint", "result", "request", "response"]
+EnvelopeKind = Literal["dataset", "job", "terms", "checkpoint", "result", "request", "response", "state"]
 
 
 class EnvelopePreamble(WireModel):

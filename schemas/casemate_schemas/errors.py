@@ -21,6 +21,7 @@
     ├── AuthenticationError            who sends this cannot be established
     ├── AuthorisationError             known, but not allowed
     │   ├── LicenceError               the owner's licence forbids it
+    │   │   └── ApprovalMissingError   the licence wants approvals that are not there yet
     │   └── BudgetError                the privacy budget does not cover it
     ├── ManifestError                  the consortium manifest is not valid, or older than the pinned one
     ├── NotFoundError                  no such thing, or not for this party
@@ -31,7 +32,9 @@
     ├── IntegrityError                 own stored state is broken: stop, do not guess
     ├── TrainingError                  training failed; outside the enclave it has one reason only
     ├── UnavailableError               try again later (transient)
-    │   └── StorageFullError           no room to store it (transient)
+    │   ├── StorageFullError           no room to store it (transient)
+    │   ├── ThrottledError             asked too often: wait first (transient)
+    │   └── RolledBackError            the state is older than one already seen: its owners must endorse it
     └── SetupError                     this installation or its settings are wrong
         └── MissingExtraError          a command whose optional dependencies are not installed
 
@@ -127,6 +130,10 @@ class LicenceError(AuthorisationError):
     reason = "licence_forbids"
 
 
+class ApprovalMissingError(LicenceError):
+    reason = "approval_missing"
+
+
 class BudgetError(AuthorisationError):
     reason = "budget_exceeded"
 
@@ -169,6 +176,18 @@ class UnavailableError(CasemateError):
 
 class StorageFullError(UnavailableError):
     reason = "storage_full"
+
+
+class ThrottledError(UnavailableError):
+    reason = "throttled"
+
+    def __init__(self, message: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RolledBackError(UnavailableError):
+    reason = "state_rolled_back"
 
 
 class SetupError(CasemateError):

@@ -10,6 +10,7 @@ from .codec import Digest, Name, UnixMs, WireModel, digest_of
 from .evidence import Attempt, Evidence
 from .job import MAX_DATASETS, JobId
 from .keys import PublicSigningKey
+from .licence import Obligation
 from .merkle import check_inclusion, leaf_hash
 from .signatures import Signed
 
@@ -29,8 +30,9 @@ class GrantHeader(WireModel):
     job_id: JobId
     terms: Digest
     attempt: Attempt
-    envelopes: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
-    """The envelopes whose content keys are inside, sorted."""
+    envelopes: Annotated[tuple[Digest, ...], Field(max_length=MAX_DATASETS + 1)]
+    """The envelopes whose content keys are inside, sorted. Of datasets there is none once a result is ``committed``: to
+    release that, nobody needs them."""
     licences: Annotated[tuple[Digest, ...], Field(max_length=MAX_DATASETS)]
     evidence: Digest
     worker_key: PublicSigningKey
@@ -41,6 +43,8 @@ class GrantHeader(WireModel):
     """The result digest that holds this key broker's commit for these terms, if one does."""
     issued: UnixMs
     expires: UnixMs
+    obligations: Annotated[tuple[Obligation, ...], Field(max_length=MAX_DATASETS)] = ()
+    """What the licences in force oblige to, one for each dataset, sorted by it."""
 
 
 class GrantSecrets(WireModel):
@@ -48,7 +52,7 @@ class GrantSecrets(WireModel):
 
     KIND: ClassVar[str] = "grant-secrets"
 
-    content_keys: Annotated[tuple[ContentKeyBytes, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
+    content_keys: Annotated[tuple[ContentKeyBytes, ...], Field(max_length=MAX_DATASETS + 1)]
     seed_share: ContentKeyBytes
 
     def __repr__(self) -> str:
@@ -94,7 +98,24 @@ class AuditEntry(WireModel):
 
     version: Literal[1] = 1
     key_broker: Name
-    event: Literal["registered", "prechecked", "granted", "refused", "committed", "manifest"]
+    event: Literal[
+        "registered",
+        "prechecked",
+        "approved",
+        "denied",
+        "granted",
+        "refused",
+        "committed",
+        "manifest",
+        "person_revoked",
+        "budget_renewed",
+        "state_endorsed",
+        "amended",
+        "erased",
+        "seeds_rotated",
+        "backed_up",
+        "state_handed_over",
+    ]
     at: UnixMs
     subject: Annotated[str, Field(max_length=200)]
     """What it is about: a dataset id or a job id."""
@@ -104,6 +125,10 @@ class AuditEntry(WireModel):
     reason: Annotated[str, Field(max_length=64)] | None = None
     person: Annotated[str, Field(max_length=200)] | None = None
     """``person@member`` who asked, where a person did."""
+    envelope: Digest | None = None
+    """The dataset version that was registered (in force from then on) or erased."""
+    licence: Digest | None = None
+    """The licence that a registration or an amendment put in force."""
 
 
 class CommitReceipt(WireModel):

@@ -37,3 +37,19 @@ class Delegation(WireModel):
         if len(set(self.roles)) != len(self.roles):
             raise ValueError("roles must be unique")
         return self
+
+
+class Revocation(WireModel):
+    """A member's word that a person's delegations count no longer: all that begin before that time. Signed by the member.
+
+    It stands for ever, and covers every key that the person had. They go on under a delegation that begins later.
+    """
+
+    KIND: ClassVar[str] = "revocation"
+
+    version: Literal[1] = 1
+    consortium: Digest
+    member: Name
+    person: Name
+    before: UnixMs
+    created: UnixMs

@@ -117,6 +117,8 @@ class Plan(WireModel):
     recipients: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=64)]
     """Signed delegations of those who may open the result."""
     release: Annotated[tuple[Literal["weights"], ...], Field(min_length=1, max_length=1)] = ("weights",)
+    model: Digest | None = None
+    """Digest of the job's :class:`ModelSpec`, told to the owners where a licence asks which model it is."""
 
     @model_validator(mode="after")
     def _datasets_are_sorted(self) -> Self:

@@ -20,8 +20,8 @@ def root_hash(leaves: Sequence[bytes]) -> bytes:
         return hashlib.sha256().digest()
     if len(leaves) == 1:
         return leaves[0]
-    split = _split(len(leaves))
-    return _node(root_hash(leaves[:split]), root_hash(leaves[split:]))
+    split = split_of(len(leaves))
+    return node_hash(root_hash(leaves[:split]), root_hash(leaves[split:]))
 
 
 def inclusion_path(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:
@@ -30,7 +30,7 @@ def inclusion_path(leaves: Sequence[bytes], index: int) -> tuple[bytes, ...]:
         raise IndexError(index)
     if len(leaves) == 1:
         return ()
-    split = _split(len(leaves))
+    split = split_of(len(leaves))
     if index < split:
         return (*inclusion_path(leaves[:split], index), root_hash(leaves[split:]))
     return (*inclusion_path(leaves[split:], index - split), root_hash(leaves[:split]))
@@ -48,20 +48,21 @@ def check_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], r
         if last == 0:
             raise ReleaseError("inclusion proof: the path is too long")
         if position & 1 or position == last:
-            node = _node(sibling, node)
+            node = node_hash(sibling, node)
             while position and not position & 1:
                 position, last = position >> 1, last >> 1
         else:
-            node = _node(node, sibling)
+            node = node_hash(node, sibling)
         position, last = position >> 1, last >> 1
     if last != 0 or not hmac.compare_digest(node, root):
         raise ReleaseError("inclusion proof: the path does not lead to the root")
 
 
-def _split(size: int) -> int:
-    """The largest power of two smaller than ``size``."""
+def split_of(size: int) -> int:
+    """The largest power of two smaller than ``size``, which is at least 2: how many leaves the left subtree holds."""
     return 1 << ((size - 1).bit_length() - 1)
 
 
-def _node(left: bytes, right: bytes) -> bytes:
+def node_hash(left: bytes, right: bytes) -> bytes:
+    """SHA-256(0x01 ‖ left ‖ right)."""
     return hashlib.sha256(b"\x01" + left + right).digest()

@@ -11,6 +11,7 @@ from .dataset import DatasetId
 from .envelope import SealedKey
 from .evidence import Evidence
 from .job import MAX_DATASETS, MAX_STEPS, JobId, Rational
+from .lineage import Lineage
 from .signatures import Signed
 
 RESULT_SECTIONS: Final = ("manifest", "weights")
@@ -58,6 +59,8 @@ class ResultManifest(WireModel):
     isolation: Annotated[str, StringConstraints(max_length=80)]
     """How the training process was cut off from the network."""
     finished: UnixMs
+    inherited: Lineage = ()
+    """The lineage of the results that were inputs of this job; the terms name its datasets."""
 
 
 class Release(WireModel):

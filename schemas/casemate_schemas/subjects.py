@@ -9,6 +9,9 @@
     casemate.blob.chunk.<digest>.<upload>         chunks of ciphertext                stream BLOBS
     casemate.blob.marker.<digest>                 "this upload is the blob"           stream BLOB_MARKERS
     casemate.head.<digest>                        signed heads of envelopes           stream ENVELOPE_HEADS
+    casemate.manifest.<number>                    signed consortium manifests         stream MANIFESTS
+    casemate.revocation.<digest>                  revocations of delegations          stream REVOCATIONS
+    casemate.ledger-head.<key broker>             newest head of each ledger          stream LEDGER_HEADS
     $KV.jobs.<job>                                job records                         stream KV_jobs
     $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
     _INBOX_<user>.>                               replies to one user
@@ -34,7 +37,7 @@ ResourceClass = Literal["cpu"]
 
 RESOURCE_CLASSES: Final[tuple[ResourceClass, ...]] = get_args(ResourceClass)
 
-GatewayOp = Literal["precheck", "message", "manifest", "cancelled"]
+GatewayOp = Literal["precheck", "message", "evidence"]
 """What the gateway may ask of a key broker."""
 
 WorkerOp = Literal["nonce", "grant", "commit"]
@@ -52,6 +55,9 @@ EVENT_STREAM: Final = "EVENTS"
 BLOB_STREAM: Final = "BLOBS"
 BLOB_MARKER_STREAM: Final = "BLOB_MARKERS"
 HEAD_STREAM: Final = "ENVELOPE_HEADS"
+MANIFEST_STREAM: Final = "MANIFESTS"
+REVOCATION_STREAM: Final = "REVOCATIONS"
+LEDGER_HEAD_STREAM: Final = "LEDGER_HEADS"
 JOB_BUCKET: Final = "jobs"
 JOB_STREAM: Final = "KV_jobs"
 NONCE_BUCKET: Final = "nonces"
@@ -121,6 +127,31 @@ def head(digest_hex: str) -> str:
     return f"casemate.head.{token(digest_hex)}"
 
 
+def manifest(number: int) -> str:
+    """Subject of a consortium's manifest of that number."""
+    return f"casemate.manifest.{number}"
+
+
+EVERY_REVOCATION: Final = "casemate.revocation.*"
+"""Subjects of all revocations."""
+
+
+def revocation(digest_hex: str) -> str:
+    """Subject of the signed revocation of that digest."""
+    return f"casemate.revocation.{token(digest_hex)}"
+
+
+def ledger_head(key_broker_id: str) -> str:
+    """Subject of the newest head of one key broker's ledger."""
+    return f"casemate.ledger-head.{token(key_broker_id)}"
+
+
+def ledger_head_services(key_broker_id: str) -> tuple[str, ...]:
+    """What the gateway's account offers to one key broker alone: to leave its ledger's head, and to read it."""
+    subject = ledger_head(key_broker_id)
+    return subject, f"$JS.API.DIRECT.GET.{LEDGER_HEAD_STREAM}.{subject}"
+
+
 def inbox_prefix(user: str) -> str:
     """Prefix of the inboxes that only ``user`` may subscribe to."""
     return f"_INBOX_{token(user)}"
@@ -141,7 +172,13 @@ class Permissions:
     """May publish one message to the reply subject of each request it receives."""
 
 
+_MANIFEST_SERVICE: Final = f"$JS.API.DIRECT.GET.{MANIFEST_STREAM}.casemate.manifest.*"
+
+KEY_BROKER_SERVICES: Final = (_MANIFEST_SERVICE, f"$JS.API.DIRECT.GET.{REVOCATION_STREAM}")
+"""What the gateway's account offers to the key brokers': the consortium's manifests and revocations, to read."""
+
 _SHARED_SERVICES: Final = (
+    _MANIFEST_SERVICE,
     "casemate.blob.chunk.*.*",
     "casemate.blob.marker.*",
     "casemate.head.*",
@@ -158,7 +195,7 @@ WORKER_SERVICES: Final = (
     *(f"$JS.API.CONSUMER.MSG.NEXT.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
     *(f"$JS.ACK.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
 )
-"""What the gateway's account offers to the workers': blobs, job records, events, and pulling from the work queue."""
+"""What the gateway's account offers to the workers': manifests, blobs, job records, events, and pulling from the work queue."""
 
 _PURGEABLE: Final = (BLOB_STREAM, BLOB_MARKER_STREAM, HEAD_STREAM, *(work_stream(c) for c in RESOURCE_CLASSES))
 
@@ -171,12 +208,14 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *_SHARED_SERVICES,
             "casemate.work.*.*",
             f"$KV.{NONCE_BUCKET}.*",
+            "casemate.manifest.*",
+            EVERY_REVOCATION,
             *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
             *(f"$JS.API.STREAM.PURGE.{stream}" for stream in _PURGEABLE),
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
             f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
             f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
-            *(f"$JS.API.DIRECT.GET.{stream}" for stream in (EVENT_STREAM, JOB_STREAM)),
+            *(f"$JS.API.DIRECT.GET.{stream}" for stream in (EVENT_STREAM, JOB_STREAM, REVOCATION_STREAM)),
             f"$JS.FC.{JOB_STREAM}.>",
         ),
         subscribe=(
@@ -196,5 +235,11 @@ def worker_permissions(user: str) -> Permissions:
 
 
 def key_broker_permissions(key_broker_id: str) -> Permissions:
-    """A key broker hears its own requests and answers each once: no JetStream, no inbox, nothing of its own accord."""
-    return Permissions(subscribe=(f"{key_broker(key_broker_id)}.*",), allow_responses=True)
+    """A key broker hears its own requests and answers each once. Of its own accord it reads manifests and
+    revocations, leaves its ledger's head and reads that again, and nothing else.
+    """
+    return Permissions(
+        publish=(*KEY_BROKER_SERVICES, *ledger_head_services(key_broker_id)),
+        subscribe=(f"{key_broker(key_broker_id)}.*", f"{inbox_prefix(key_broker_id)}.>"),
+        allow_responses=True,
+    )

@@ -10,7 +10,7 @@ from .consortium import Consortium, verify_delegation
 from .errors import AuthenticationError, AuthorisationError, ManifestError, ParameterError
 from .identity import Delegation
 from .job import JobId, JobSpec, Plan
-from .licence import Actor
+from .licence import Actor, actor_of
 from .signatures import Signed
 
 
@@ -51,12 +51,12 @@ class VerifiedTerms:
     @property
     def submitter_actor(self) -> Actor:
         """The submitter as licence rules see it."""
-        return Actor(self.submitter.member, self.submitter.roles)
+        return actor_of(self.submitter)
 
     @property
     def recipient_actors(self) -> tuple[Actor, ...]:
         """The recipients as licence rules see them."""
-        return tuple(Actor(person.member, person.roles) for person in self.recipients)
+        return tuple(actor_of(person) for person in self.recipients)
 
 
 def weights_commitment(spec: JobSpec, weights: bytes | memoryview) -> bytes:
@@ -67,19 +67,20 @@ def weights_commitment(spec: JobSpec, weights: bytes | memoryview) -> bytes:
 def verify_terms(signed: Signed, consortium: Consortium) -> VerifiedTerms:
     """What every party checks of terms before it judges them.
 
-    1. They are for this consortium at its current manifest.
+    1. They are for this consortium, and name a manifest of its chain. All that follows must hold at its newest one,
+       so terms outlast a manifest that changes nothing about them, and a party that left it no longer counts.
     2. The submitter's delegation was valid when they were created, includes the role scientist, and its key signed them.
     3. Every recipient's delegation was valid then too.
     4. Each key broker named is the one that serves that owner, or the submitter's member.
     5. The deadline is after the creation.
 
-    Raises :class:`ManifestError`, :class:`AuthenticationError`, :class:`AuthorisationError` or :class:`ParameterError`.
+    Raises :class:`ManifestError`, :class:`AuthenticationError`, :class:`AuthorisationError` or :class:`ParameterError`,
+    and :class:`UnavailableError` for a manifest newer than the newest one known here.
     """
     claimed = signed.peek(Terms)
     if claimed.consortium != consortium.id:
         raise ManifestError("the terms are for another consortium")
-    if (claimed.manifest, claimed.manifest_number) != (consortium.digest, consortium.manifest.number):
-        raise ManifestError(f"the terms are for another manifest than number {consortium.manifest.number}")
+    consortium.check_seen(claimed.manifest_number, claimed.manifest)
     submitter = verify_delegation(claimed.submitter, consortium, at=claimed.created)
     terms = signed.verify(Terms, submitter.signing_key)
     if "scientist" not in submitter.roles:
@@ -94,6 +95,7 @@ def verify_terms(signed: Signed, consortium: Consortium) -> VerifiedTerms:
 def _check_key_brokers(terms: Terms, submitter: Delegation, consortium: Consortium) -> None:
     if consortium.manifest.key_broker_of(submitter.member).id != terms.job_key_broker:
         raise AuthenticationError("the job's key broker does not serve the submitter's member")
+    serving = {(member, broker.id) for broker in consortium.manifest.key_brokers for member in broker.serves}
     for use in terms.plan.datasets:
-        if consortium.manifest.key_broker_of(use.owner).id != use.key_broker:
-            raise ManifestError(f"key broker {use.key_broker} does not serve the owner of {use.dataset}")
+        if (use.owner, use.key_broker) not in serving:
+            raise AuthorisationError(f"key broker {use.key_broker} does not serve the owner of {use.dataset}")

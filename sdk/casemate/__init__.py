@@ -18,6 +18,7 @@ _HOMES = {
         "Adam",
         "AllOf",
         "AnyOf",
+        "Approvals",
         "AtLeast",
         "Before",
         "Column",
@@ -28,17 +29,19 @@ _HOMES = {
         "Permission",
         "Privacy",
         "RoleIs",
+        "WithMeasurement",
+        "WithModel",
     ),
     "casemate.results": ("Result",),
     "casemate.verification": ("Verification",),
 }
 _LOCATIONS = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = {"errors": "casemate_schemas.errors", "sync": "casemate.sync"}
+_MODULES = {"errors": "casemate_schemas.errors", "rules": "casemate.rules", "sync": "casemate.sync"}
 
 if TYPE_CHECKING:
     from casemate_schemas import errors
 
-    from . import sync
+    from . import rules, sync
     from .client import Consortium, FirstContactWarning, connect
     from .datasets import Dataset, Datasets
     from .identity import Identity, load_keys, new_person, save_keys
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
         Adam,
         AllOf,
         AnyOf,
+        Approvals,
         AtLeast,
         Before,
         Column,
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
         Permission,
         Privacy,
         RoleIs,
+        WithMeasurement,
+        WithModel,
     )
     from .results import Result
     from .verification import Verification
@@ -67,6 +73,7 @@ __all__ = [
     "Adam",
     "AllOf",
     "AnyOf",
+    "Approvals",
     "AtLeast",
     "Before",
     "Column",
@@ -85,10 +92,13 @@ __all__ = [
     "Result",
     "RoleIs",
     "Verification",
+    "WithMeasurement",
+    "WithModel",
     "connect",
     "errors",
     "load_keys",
     "new_person",
+    "rules",
     "save_keys",
     "sync",
 ]

@@ -4,30 +4,65 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from casemate_schemas import api
 from casemate_schemas.codec import WireModel, decode, encode
-from casemate_schemas.consortium import Consortium, KeyBroker, ManifestChain, verify_chain
+from casemate_schemas.consortium import Consortium, KeyBroker, ManifestChain, verify_versions
+from casemate_schemas.custody import (
+    AmendLicence,
+    BackUpState,
+    EraseDataset,
+    PrepareDataset,
+    RotateSeeds,
+    ShowDataset,
+)
 from casemate_schemas.errors import ManifestError, SealError, UnavailableError, error_from_reason
 from casemate_schemas.requests import (
+    EndorseState,
+    GiveApproval,
+    ListApprovals,
     ListDatasets,
     PersonRequest,
     PersonResponse,
     Refusal,
     RegisterDataset,
+    RenewBudget,
+    ShowApproval,
     ShowBudget,
+    ShowState,
+    ShowWorkers,
+    TellTime,
 )
 from casemate_schemas.sealing import open_envelope, seal_envelope
 
-from ._http import ATTEMPTS, BytesBody, Gateway, printable
+from . import hosting
+from ._http import ATTEMPTS, MAX_CHAIN_BYTES, BytesBody, Gateway, printable
 from .identity import Identity
 from .state import State
 
 MAX_RESPONSE_BYTES: Final = 8 << 20
 
-Question = ListDatasets | RegisterDataset | ShowBudget
+Question = (
+    ListDatasets
+    | PrepareDataset
+    | RegisterDataset
+    | ShowDataset
+    | AmendLicence
+    | EraseDataset
+    | ShowBudget
+    | RenewBudget
+    | ListApprovals
+    | ShowApproval
+    | GiveApproval
+    | ShowWorkers
+    | TellTime
+    | ShowState
+    | EndorseState
+    | RotateSeeds
+    | BackUpState
+)
 
 _R = TypeVar("_R", bound=WireModel)
 
@@ -39,38 +74,64 @@ class Session:
     gateway: Gateway
     identity: Identity
     consortium: Consortium
-    chain: ManifestChain
     state: State
     clock: Callable[[], int]
+    attested: set[KeyBroker] = field(default_factory=set, compare=False)
+    """Hosted key brokers whose keys, as the manifest lists them, were attested in this session."""
+
+    async def attest(self, broker: KeyBroker, *, fresh: bool = False) -> None:
+        """Before anything is sealed to ``broker``: a hosted one has shown that its enclave holds the keys in the manifest.
+
+        Once in a session is enough, since the keys never leave the enclave; ``fresh`` asks again all the same. Raises as
+        :func:`.hosting.attest`.
+        """
+        if broker.hosted == "member" or (broker in self.attested and not fresh):
+            return
+        found = await hosting.attest(self.gateway, self.consortium, broker.id, now=self.clock())
+        hosting.check_listed(broker, found.claims)
+        self.attested.add(broker)
 
     @property
     def simulation(self) -> bool:
         """Whether the consortium's own manifest says that its chips are simulated."""
         return self.consortium.manifest.simulation
 
-    async def ask(self, broker: KeyBroker, question: Question, answer: type[_R]) -> _R:
+    async def newest_chain(self) -> ManifestChain:
+        """The chain as the gateway has it now, verified and pinned: others may have moved on since this session began.
+
+        Raises :class:`ManifestError` for an older one or a fork.
+        """
+        chain = await fetch_chain(self.gateway)
+        self.state.accept_chain(chain, self.consortium.id)
+        return chain
+
+    async def ask(self, broker: KeyBroker, question: Question, answer: type[_R], *, about: str | None = None) -> _R:
         """What a key broker answers, end to end sealed: the gateway between learns neither question nor answer.
+
+        It is told only what the question is ``about``, if that is given: a job that it should ask about again.
 
         Raises the typed error of a refusal, :class:`SealError` or :class:`~casemate_schemas.errors.MalformedError` for
         an answer that is not the key broker's to this question, and :class:`~casemate_schemas.errors.UnavailableError`.
         """
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return await self._ask_once(broker, question, answer)
+                return await self._ask_once(broker, question, answer, about)
             except UnavailableError:
                 if attempt == ATTEMPTS:
                     raise
             await self.gateway.pause(attempt)
         raise UnavailableError(f"key broker {broker.id} does not answer")
 
-    async def _ask_once(self, broker: KeyBroker, question: Question, answer: type[_R]) -> _R:
+    async def _ask_once(self, broker: KeyBroker, question: Question, answer: type[_R], about: str | None) -> _R:
         """Each time under a new id, since a key broker takes an id once. Every question may be asked again."""
+        await self.attest(broker)
         request = PersonRequest(
             consortium=self.consortium.id,
             key_broker=broker.id,
             id=secrets.token_bytes(16),
             created=self.clock(),
             delegation=self.identity.signed_delegation,
+            seen=self.state.ledger_head(broker),
             body=question,
         )
         sealed = seal_envelope(
@@ -82,7 +143,14 @@ class Session:
             created=request.created,
         )
         path = f"{api.KEY_BROKERS_PATH}/{broker.id}/messages"
-        reply = await self.gateway.post(path, BytesBody(sealed), max_bytes=MAX_RESPONSE_BYTES, again=False)
+        reply = await self.gateway.request(
+            "POST",
+            path,
+            body=BytesBody(sealed),
+            max_bytes=MAX_RESPONSE_BYTES,
+            headers=None if about is None else {api.JOB_HEADER: about},
+            again=False,
+        )
         return self._opened(reply.body, broker, request.id, answer)
 
     def _opened(self, reply: bytes, broker: KeyBroker, request_id: bytes, answer: type[_R]) -> _R:
@@ -97,6 +165,8 @@ class Session:
         response = decode(PersonResponse, plaintext, max_bytes=MAX_RESPONSE_BYTES)
         if response.id != request_id:
             raise SealError(f"key broker {broker.id} answered another question")
+        if response.head is not None:
+            self.state.remember_ledger_head(broker, self.consortium.id, response.head)
         if isinstance(response.body, Refusal):
             raise error_from_reason(response.body.reason, f"{broker.id}: {printable(response.body.message)}")
         if not isinstance(response.body, answer):
@@ -104,9 +174,15 @@ class Session:
         return response.body
 
 
+async def fetch_chain(gateway: Gateway) -> ManifestChain:
+    """The gateway's chain, not verified."""
+    answer = await gateway.get(api.CONSORTIUM_PATH, max_bytes=MAX_CHAIN_BYTES)
+    return decode(ManifestChain, answer.body, max_bytes=MAX_CHAIN_BYTES)
+
+
 def consortium_at(chain: ManifestChain, digest: bytes, *, consortium: bytes) -> Consortium:
     """The consortium of that id as it was at the manifest of that digest. Raises :class:`ManifestError`."""
-    for number, signed in enumerate(chain.manifests, start=1):
-        if signed.digest == digest:
-            return verify_chain(ManifestChain(manifests=chain.manifests[:number]), consortium=consortium)
+    for version in verify_versions(chain, consortium=consortium):
+        if version.digest == digest:
+            return version
     raise ManifestError("no version of the manifest that this party knows has that digest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -10,24 +11,50 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from casemate_privacy.owners import Choice
 from casemate_schemas import api
-from casemate_schemas.codec import decode
-from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, verify_delegation
+from casemate_schemas import consortium as _consortium
+from casemate_schemas.attestation_policy import AttestationPolicy
+from casemate_schemas.codec import encode
+from casemate_schemas.consortium import ConsortiumManifest, verify_delegation
+from casemate_schemas.custody import (
+    BackUpState,
+    DatasetShown,
+    LicenceAmended,
+    RotateSeeds,
+    SeedsRotated,
+    StateBackedUp,
+)
 from casemate_schemas.dataset import DatasetCard
 from casemate_schemas.errors import ManifestError, ParameterError
+from casemate_schemas.identity import Revocation
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.licence import Licence
 from casemate_schemas.pipeline import Loss, Scaling
-from casemate_schemas.requests import Budget, DatasetRegistered
-from casemate_schemas.signatures import Signed
+from casemate_schemas.requests import (
+    Budget,
+    BudgetRenewed,
+    DatasetRegistered,
+    EndorseState,
+    ShowState,
+    ShowWorkers,
+    StateShown,
+    TellTime,
+    TimeTold,
+    WorkerList,
+)
+from casemate_schemas.signatures import Signed, sign
 
+from . import approvals as _approvals
+from . import custody as _custody
 from . import datasets as _datasets
+from . import hosting as _hosting
 from . import jobs as _jobs
 from . import planning as _planning
-from ._http import MAX_CHAIN_BYTES, MAX_LIST_BYTES, Gateway, read_json
-from ._session import Session
+from ._http import MAX_LIST_BYTES, BytesBody, Gateway, read_json
+from ._session import Session, fetch_chain
 from .identity import Identity, now_ms
-from .parameters import SGD, Adam, Privacy
+from .parameters import SGD, Adam, Privacy, parameter_errors
 from .state import State, default_state_dir
 
 
@@ -68,13 +95,12 @@ async def connect(
         trust_env=True, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as http:
         gateway = Gateway(url, me, http)
-        answer = await gateway.get(api.CONSORTIUM_PATH, max_bytes=MAX_CHAIN_BYTES)
-        chain = decode(ManifestChain, answer.body, max_bytes=MAX_CHAIN_BYTES)
+        chain = await fetch_chain(gateway)
         verified, first_contact = state.accept_chain(chain, expected)
         verify_delegation(me.signed_delegation, verified, at=clock())
         if first_contact and consortium is None:
             warnings.warn(_first_contact(verified.manifest, expected), FirstContactWarning, stacklevel=3)
-        yield Consortium(Session(gateway, me, verified, chain, state, clock))
+        yield Consortium(Session(gateway, me, verified, state, clock))
 
 
 class Consortium:
@@ -87,6 +113,11 @@ class Consortium:
     def id(self) -> str:
         """The consortium's id, 64 hexadecimal digits."""
         return self._session.consortium.id.hex()
+
+    @property
+    def verified(self) -> _consortium.Consortium:
+        """The consortium as it was verified and pinned when this connection was made: its id, newest digest and manifest."""
+        return self._session.consortium
 
     @property
     def manifest(self) -> ConsortiumManifest:
@@ -123,9 +154,202 @@ class Consortium:
         """
         return await _datasets.push(self._session, columns, card, licence)
 
+    async def dataset_history(self, dataset: str) -> DatasetShown:
+        """Which version and licence of a dataset were in force when, and what was erased. For stewards of the owner."""
+        return await _custody.show_dataset(self._session, dataset)
+
+    async def compare_licence(self, licence: Licence) -> _custody.Amendment:
+        """A licence beside the one in force: whether it allows less, or more. Nothing is changed."""
+        return await _custody.compare_licence(self._session, licence)
+
+    async def revocation_of(self, dataset: str) -> _custody.Amendment:
+        """The licence under which nobody may do anything with a dataset, to be put in force with :meth:`amend`."""
+        return await _custody.revocation_of(self._session, dataset)
+
+    async def amend(self, licence: Licence) -> LicenceAmended:
+        """Put another licence in force, signed with this steward's key; its number is above that of the one before.
+
+        It acts at the next request for keys, also for jobs that were accepted before. Workers that hold their keys may
+        commit, and what is committed stays committed.
+        """
+        return await _custody.amend(self._session, licence)
+
+    async def erase(self, dataset: str, *, envelope: bytes, keep_current: bool = False) -> _custody.Erased:
+        """Destroy the keys of a dataset for good, or of the versions before the one in force. For stewards of the owner.
+
+        Args:
+            dataset: ``name@owner``.
+            envelope: the version in force, as :meth:`dataset_history` shows it.
+            keep_current: whether to keep that one, and erase those that it superseded.
+
+        Licences, ledger and audit log stay, and so does the budget that was spent. Workers that hold a key have it until
+        their attempt ends. Raises :class:`~casemate_schemas.errors.ConflictError` if there is a newer version by now.
+        """
+        return await _custody.erase(self._session, dataset, envelope=envelope, keep_current=keep_current)
+
+    async def rotate_seeds(self) -> int:
+        """Have this person's own key broker use a new seed secret from now on; its epoch. For stewards and admins."""
+        broker = self.manifest.key_broker_of(self._session.identity.delegation.member)
+        return (await self._session.ask(broker, RotateSeeds(), SeedsRotated)).epoch
+
+    async def back_up_key_broker(self) -> StateBackedUp:
+        """Have this person's own key broker copy its state into its backup folder. For stewards and admins."""
+        broker = self.manifest.key_broker_of(self._session.identity.delegation.member)
+        return await self._session.ask(broker, BackUpState(), StateBackedUp)
+
     async def budget(self, dataset: str) -> Budget:
         """The ledger of a dataset (``name@owner``), every charge in it. For stewards of the owner."""
         return await _datasets.show_budget(self._session, dataset)
+
+    async def weigh_budgets(
+        self,
+        datasets: Sequence[str],
+        *,
+        privacy: Privacy,
+        batch_size: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+    ) -> tuple[Choice, ...]:
+        """What each owner's own budget is worth to a job: expected samples a step by owner, and the noise left over.
+
+        Nothing is submitted or spent. Arguments and errors as for :meth:`train`.
+        """
+        if (epochs is None) == (steps is None):
+            raise ParameterError("expected either epochs or steps")
+        found = await _datasets.find_datasets(self._session, datasets)
+        return await asyncio.to_thread(_planning.weigh_budgets, privacy, found, batch_size, epochs, steps)
+
+    async def renew_budget(self, dataset: str, *, lineage: bytes) -> BudgetRenewed:
+        """Give a dataset a fresh budget. For stewards and admins of the owner; ledger and audit log say who did it.
+
+        Args:
+            dataset: ``name@owner``.
+            lineage: the one whose budget ends, as :meth:`budget` shows it.
+
+        What was promised to the people in the data before *adds* to what the licence promises from now on. Raises
+        :class:`~casemate_schemas.errors.ConflictError` if the budget was renewed since.
+        """
+        return await _datasets.renew_budget(self._session, dataset, lineage)
+
+    async def approvals(self) -> _approvals.PendingApprovals:
+        """The jobs that wait for this person's approval, or that use data of their member which waits for others'.
+
+        All key brokers are asked at once; those that do not answer are named in ``.unavailable``.
+        """
+        return await _approvals.list_approvals(self._session)
+
+    async def approval(self, job: str) -> tuple[_approvals.ApprovalRequest, ...]:
+        """What there is to approve about a job, one request for each key broker that asks: print it before approving.
+
+        Args:
+            job: its id, 32 hexadecimal digits; or its terms' digest, 64, also if it waits no more.
+
+        Raises :class:`~casemate_schemas.errors.NotFoundError` if nothing about it concerns this person.
+        """
+        return await _approvals.find_approvals(self._session, job)
+
+    async def approve(self, request: _approvals.ApprovalRequest) -> _approvals.ApprovalRequest:
+        """Sign the very terms in ``request``; where it stands then. It counts for as long as the licence says.
+
+        Raises :class:`~casemate_schemas.errors.AuthorisationError` if no licence counts this person.
+        """
+        return await _approvals.decide(self._session, request, "approve")
+
+    async def deny(self, request: _approvals.ApprovalRequest) -> _approvals.ApprovalRequest:
+        """End the job for ever, unless a worker has its keys already. Raises as :meth:`approve`."""
+        return await _approvals.decide(self._session, request, "deny")
+
+    async def revoke(self, person: str, *, member_keys: KeyRing, before: int | None = None) -> api.RevocationPublished:
+        """End the delegations of a person of this person's member, whatever keys they have. It cannot be taken back.
+
+        Key brokers and gateways refuse them within seconds: to sign in, to submit, to be given keys for, to approve. What
+        is committed stays committed.
+
+        Args:
+            person: the name, without the member.
+            member_keys: the member's own.
+            before: those delegations end that begin before this time, Unix ms; now if not given.
+
+        Raises :class:`~casemate_schemas.errors.AuthenticationError` for other keys than the member's.
+        """
+        session = self._session
+        now = session.clock()
+        with parameter_errors("revocation"):
+            revocation = Revocation(
+                consortium=session.consortium.id,
+                member=session.identity.delegation.member,
+                person=person,
+                before=now if before is None else before,
+                created=now,
+            )
+        body = BytesBody(encode(sign(revocation, member_keys.signing)))
+        answer = await session.gateway.post(api.REVOCATIONS_PATH, body, max_bytes=MAX_LIST_BYTES)
+        return read_json(api.RevocationPublished, answer.body)
+
+    async def key_broker_state(self) -> StateShown:
+        """Where the state of this person's own key broker stands, and the newer one that was seen, if it was set back."""
+        broker = self.manifest.key_broker_of(self._session.identity.delegation.member)
+        return await self._session.ask(broker, ShowState(), StateShown)
+
+    async def endorse_key_broker(self, ahead: bytes) -> StateShown:
+        """Let this person's own key broker go on from the state that it has, although it is older than one that was seen.
+
+        Charges, commits and licences that only the newer state knew are forgotten by it. For stewards and admins; ``ahead``
+        is the digest of the newer head that :meth:`key_broker_state` showed.
+        """
+        broker = self.manifest.key_broker_of(self._session.identity.delegation.member)
+        return await self._session.ask(broker, EndorseState(ahead=ahead), StateShown)
+
+    async def workers(self) -> WorkerList:
+        """What the key broker of this person's member made of workers' evidence, newest first. For stewards and admins."""
+        member = self._session.identity.delegation.member
+        broker = self.manifest.key_broker_of(member)
+        return await self._session.ask(broker, ShowWorkers(), WorkerList)
+
+    async def attest_key_broker(
+        self, key_broker: str, *, policy: AttestationPolicy | None = None
+    ) -> _hosting.AttestedKeyBroker:
+        """Fresh evidence of an enclave-hosted key broker, verified against the manifest's policy, or one that is to be.
+
+        Also of one whose keys no manifest lists yet: its claims are what the members then sign. Whether the keys are those
+        that the manifest lists is checked by :meth:`push` and everything else that seals. Raises
+        :class:`~casemate_schemas.errors.AttestationError` with each failed check, or
+        :class:`~casemate_schemas.errors.UnavailableError`.
+        """
+        session = self._session
+        return await _hosting.attest(
+            session.gateway, session.consortium, key_broker, now=session.clock(), policy=policy
+        )
+
+    async def order_hand_over(self, key_broker: str) -> bytes:
+        """An order to a hosted key broker to hand its state over to the enclave that answers in its name now.
+
+        That one is attested first, and must have keys of its own. For stewards and admins of the members it serves; the
+        order is good for a day. Raises as :meth:`attest_key_broker`.
+        """
+        session = self._session
+        found = await self.attest_key_broker(key_broker)
+        return _hosting.hand_over_order(session.consortium, session.identity, found, at=session.clock())
+
+    async def tell_time(self, key_broker: str) -> int:
+        """Tell a key broker what time it is, and get its own (Unix ms). For stewards and admins of the members it serves.
+
+        An enclave's clock is its host's; it never goes back behind what it was told.
+        """
+        told = await self._session.ask(self.manifest.key_broker(key_broker), TellTime(), TimeTold)
+        return told.at
+
+    async def publish_manifest(self, signed: _consortium.SignedManifest) -> api.ManifestPublished:
+        """Publish the next manifest, which a quorum of the present members signed. For admins.
+
+        Programs take it up within seconds, without a restart. Raises :class:`ManifestError` if it does not follow the
+        newest one, or another one was published first.
+        """
+        answer = await self._session.gateway.post(
+            api.MANIFEST_PATH, BytesBody(encode(signed)), max_bytes=MAX_LIST_BYTES
+        )
+        await self._session.newest_chain()
+        return read_json(api.ManifestPublished, answer.body)
 
     async def train(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -14,23 +15,29 @@ from casemate_schemas import dataset as _wire_dataset
 from casemate_schemas import licence as _wire_licence
 from casemate_schemas.codec import digest_of, encode
 from casemate_schemas.consortium import KeyBroker
+from casemate_schemas.custody import DatasetPrepared, PrepareDataset
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, EnvelopeKind, frame_head
 from casemate_schemas.errors import DatasetError, LicenceError, ManifestError, SealError, UnavailableError
 from casemate_schemas.job import DATASET_SECTIONS
 from casemate_schemas.licence import Licence
+from casemate_schemas.licence_check import sign_licence
+from casemate_schemas.licence_text import describe
 from casemate_schemas.requests import (
     Budget,
+    BudgetRenewed,
     DatasetListing,
     DatasetOffer,
     DatasetRegistered,
     ListDatasets,
     RegisterDataset,
+    RenewBudget,
     ShowBudget,
+    TellTime,
+    TimeTold,
 )
 from casemate_schemas.sealing import EnvelopeSealer
 from casemate_schemas.sections import pack_sections
-from casemate_schemas.signatures import sign
 
 from ._http import MAX_JSON_BYTES, FileBody, printable, read_json
 from ._session import Session
@@ -41,6 +48,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SIMULATED: Final = "SIMULATED attestation: no real chip protects this consortium"
 
 _FEED_BYTES: Final = 4 << 20
+_MAX_TERMS_CHARS: Final = 8_000
+_LINE_CHARS: Final = 110
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Dataset:
     offer: DatasetOffer
     licence: Licence
     simulation: bool
+    members: Mapping[str, str]
+    """The members' names by id."""
 
     @property
     def id(self) -> str:
@@ -66,6 +77,11 @@ class Dataset:
         """What the owner's filter leaves of the licence's epsilon."""
         return self.offer.epsilon_remaining
 
+    @property
+    def terms(self) -> str:
+        """The licence as one plain paragraph."""
+        return printable(describe(self.licence, self.members), _MAX_TERMS_CHARS)
+
     def __str__(self) -> str:
         card, licence = self.card, self.licence
         lines = [
@@ -73,6 +89,7 @@ class Dataset:
             f"  at most {card.row_bound:,} rows, one privacy unit a {card.privacy_unit}",
             f"  ε {self.epsilon_remaining:.4g} of {licence.epsilon:g} left at δ {licence.delta:g}, "
             f"at most {licence.epsilon_per_job:g} a job",
+            *textwrap.wrap(self.terms, _LINE_CHARS, initial_indent="  ", subsequent_indent="  "),
             *(f"  {_describe(column)}" for column in card.columns),
         ]
         return "\n".join([*lines, f"  {SIMULATED}"] if self.simulation else lines)
@@ -139,27 +156,32 @@ async def push(
 ) -> DatasetRegistered:
     """Seal a dataset to its owner's key broker, upload the ciphertext and register it under the licence.
 
-    1. The columns fit the card: names, dtypes, shapes, rows; and the licence is for this dataset.
-    2. Card and columns are sealed chunk by chunk into a temporary file of ciphertext, and uploaded.
-    3. The key broker takes version and signed licence.
+    1. The licence is for this dataset and says what it seems to. The columns fit the card: names, dtypes, shapes, rows.
+    2. A key broker in an enclave is attested, now, and told the time.
+    3. Card and columns are sealed chunk by chunk into a temporary file of ciphertext, to a key that the key broker makes
+       for this version alone, and uploaded.
+    4. The key broker takes version and signed licence.
 
-    Raises :class:`DatasetError`, :class:`LicenceError`, or what the key broker refuses with.
+    Raises :class:`DatasetError`, :class:`LicenceError`, :class:`ParameterError`, or what the key broker refuses with.
     """
     from casemate_models.pipeline import write_columns
 
     card, licence = to_wire(_wire_dataset.DatasetCard, card), to_wire(_wire_licence.Licence, licence)
     if licence.dataset != card.id:  # 1
         raise LicenceError(f"the licence is for {licence.dataset}, the card for {card.id}")
+    signed = sign_licence(licence, session.identity.keys.signing, now=session.clock())
     if odd := sorted(columns.keys() ^ {column.name for column in card.columns}):
         raise DatasetError(f"column '{odd[0]}' is on the card or in the data, but not in both")
     broker = session.consortium.manifest.key_broker_of(card.owner)
     data = await asyncio.to_thread(write_columns, {name: np.asarray(a) for name, a in columns.items()}, card)
     sections = dict(zip(DATASET_SECTIONS, (encode(card), data), strict=True))
-    uploaded = await upload_sealed(session, "dataset", sections, broker)  # 2
-    register = RegisterDataset(
-        card=card, licence=sign(licence, session.identity.keys.signing), head=uploaded.signed_head
-    )
-    return await session.ask(broker, register, DatasetRegistered)  # 3
+    if broker.hosted == "enclave":  # 2
+        await session.attest(broker, fresh=True)
+        await session.ask(broker, TellTime(), TimeTold)
+    prepared = await session.ask(broker, PrepareDataset(owner=card.owner), DatasetPrepared)  # 3
+    uploaded = await upload_sealed(session, "dataset", sections, broker, to=prepared.sealing_key)
+    register = RegisterDataset(card=card, licence=signed, head=uploaded.signed_head)
+    return await session.ask(broker, register, DatasetRegistered)  # 4
 
 
 @dataclass(frozen=True)
@@ -171,14 +193,18 @@ class Uploaded:
 
 
 async def upload_sealed(
-    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], broker: KeyBroker
+    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], broker: KeyBroker, *, to: bytes | None = None
 ) -> Uploaded:
-    """Seal sections to a key broker and upload the envelope. Only ciphertext meets the disk.
+    """Seal sections to a key broker (to the sealing key ``to`` of it, or its own) and upload the envelope. Only ciphertext
+    meets the disk.
 
-    Raises :class:`SealError` if the gateway says that it stored another envelope, or the typed error of its problem.
+    Raises :class:`SealError` if the gateway says that it stored another envelope, the typed error of its problem, or as
+    :meth:`Session.attest`.
     """
+    await session.attest(broker)
     with tempfile.TemporaryFile() as file:
-        framed, digest = await asyncio.to_thread(_seal_to_file, session, kind, sections, broker, file)
+        sealing_key = broker.sealing_key if to is None else to
+        framed, digest = await asyncio.to_thread(_seal_to_file, session, kind, sections, sealing_key, file)
         body = await asyncio.to_thread(FileBody, framed, file)
         answer = await session.gateway.post(api.ENVELOPES_PATH, body, max_bytes=MAX_JSON_BYTES)
     if read_json(api.EnvelopeStored, answer.body).envelope != digest.hex():
@@ -187,7 +213,7 @@ async def upload_sealed(
 
 
 def _seal_to_file(
-    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], broker: KeyBroker, file: IO[bytes]
+    session: Session, kind: EnvelopeKind, sections: Mapping[str, bytes], sealing_key: bytes, file: IO[bytes]
 ) -> tuple[bytes, bytes]:
     """Ciphertext into ``file``; returns all that precedes it in the envelope, and the envelope's digest."""
     keys = session.identity.keys
@@ -198,7 +224,7 @@ def _seal_to_file(
             file.write(chunk)
     file.write(sealer.finish())
     header = sealer.header()
-    sealed = (sealer.content_key.seal_to(broker.sealing_key, header),)
+    sealed = (sealer.content_key.seal_to(sealing_key, header),)
     return frame_head(EnvelopeHead(header=header, sealed_keys=sealed), keys.signing), header.digest
 
 
@@ -207,6 +233,12 @@ async def show_budget(session: Session, dataset_id: str) -> Budget:
     owner = dataset_id.partition("@")[2]
     broker = session.consortium.manifest.key_broker_of(owner)
     return await session.ask(broker, ShowBudget(dataset=dataset_id), Budget)
+
+
+async def renew_budget(session: Session, dataset_id: str, lineage: bytes) -> BudgetRenewed:
+    """Gives a dataset a fresh budget in the place of that of ``lineage``. Raises the typed error of the refusal."""
+    broker = session.consortium.manifest.key_broker_of(dataset_id.partition("@")[2])
+    return await session.ask(broker, RenewBudget(dataset=dataset_id, lineage=lineage), BudgetRenewed)
 
 
 def _checked(session: Session, broker: KeyBroker, offer: DatasetOffer) -> Dataset:
@@ -219,7 +251,8 @@ def _checked(session: Session, broker: KeyBroker, offer: DatasetOffer) -> Datase
     licence = offer.licence.verify(Licence, offer.licence.signer)
     if licence.dataset != card.id:
         raise LicenceError(f"the licence offered with {card.id} is for {licence.dataset}")
-    return Dataset(offer, licence, session.simulation)
+    names = {member.id: member.name for member in session.consortium.manifest.members}
+    return Dataset(offer, licence, session.simulation, names)
 
 
 def _describe(column: Column) -> str:

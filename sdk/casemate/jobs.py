@@ -102,6 +102,8 @@ async def seal_job(session: Session, spec: JobSpec, signed_terms: Signed, weight
     terms, manifest = signed_terms.peek(Terms), session.consortium.manifest
     sections = dict(zip(JOB_SECTIONS, (encode(spec), encode(signed_terms), weights), strict=True))
     uploaded = await upload_sealed(session, "job", sections, manifest.key_broker(terms.job_key_broker))
+    for name in terms.key_brokers:
+        await session.attest(manifest.key_broker(name))
     terms_envelope = seal_envelope(
         "terms",
         encode(signed_terms),
@@ -189,6 +191,8 @@ class Job:
         with Progress(self.id, simulation=self._session.simulation, console=console) as progress:
             async for event in self.events():
                 progress.show(event)
+                if event.state == "awaiting_approval":
+                    progress.wait(self.awaited(await self.status()))
             status = await self.status()
             progress.end(status, self.refusals(status))
         return status
@@ -206,15 +210,23 @@ class Job:
         release = await gateway.get(f"{self._path}/release", max_bytes=_MAX_RELEASE_BYTES)
         envelope = await gateway.get(f"{self._path}/result", max_bytes=MAX_RESULT_BYTES)
         signed = decode(Signed, release.body, max_bytes=_MAX_RELEASE_BYTES)
-        bundle = Bundle(self._session.chain, signed, envelope.body)
+        bundle = Bundle(await self._session.newest_chain(), signed, envelope.body)
         return await asyncio.to_thread(open_result, bundle, self._session.identity, self._expected())
 
     def refusals(self, status: api.JobStatus) -> dict[str, str]:
         """Why key brokers refused, in their own words, for the submitter: verified and opened here."""
         return {
-            approval.key_broker: self._refusal(approval)
+            approval.key_broker: self._said(approval)
             for approval in status.approvals
             if approval.verdict == "refused" and approval.answer is not None
+        }
+
+    def awaited(self, status: api.JobStatus) -> dict[str, str]:
+        """Which approvals key brokers wait for, in their own words, for the submitter: verified and opened here."""
+        return {
+            approval.key_broker: self._said(approval)
+            for approval in status.approvals
+            if approval.verdict == "pending" and approval.answer is not None
         }
 
     def _expected(self) -> Expected:
@@ -230,7 +242,7 @@ class Job:
         message = words or f"job {self.id} ended as {status.state}"
         return error_from_reason(status.reason, message) if status.reason else StateError(message)
 
-    def _refusal(self, approval: api.ApprovalStatus) -> str:
+    def _said(self, approval: api.ApprovalStatus) -> str:
         session = self._session
         try:
             broker = session.consortium.manifest.key_broker(approval.key_broker)

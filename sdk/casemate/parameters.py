@@ -13,7 +13,19 @@ from casemate_schemas import job as _job
 from casemate_schemas import licence as _licence
 from casemate_schemas.codec import WireModel
 from casemate_schemas.errors import ParameterError
-from casemate_schemas.licence import AllOf, AnyOf, AtLeast, Before, ForPurpose, MemberIs, Permission, RoleIs
+from casemate_schemas.licence import (
+    AllOf,
+    AnyOf,
+    Approvals,
+    AtLeast,
+    Before,
+    ForPurpose,
+    MemberIs,
+    Permission,
+    RoleIs,
+    WithMeasurement,
+    WithModel,
+)
 from pydantic import ModelWrapValidatorHandler, ValidationError, model_validator
 
 __all__ = [
@@ -21,6 +33,7 @@ __all__ = [
     "Adam",
     "AllOf",
     "AnyOf",
+    "Approvals",
     "AtLeast",
     "Before",
     "Column",
@@ -31,6 +44,8 @@ __all__ = [
     "Permission",
     "Privacy",
     "RoleIs",
+    "WithMeasurement",
+    "WithModel",
 ]
 
 _M = TypeVar("_M", bound=WireModel)

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final, get_args
 
 from casemate_privacy.accounting import epsilon
-from casemate_privacy.owners import OwnersPlan, OwnerTarget, plan_job
+from casemate_privacy.owners import Choice, OwnersPlan, OwnerTarget, plan_job, weigh_choices
 from casemate_schemas import job as wire
+from casemate_schemas.codec import digest_of
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import BudgetError, DatasetError, ModelError, ParameterError
 from casemate_schemas.job import MAX_DATASETS, DatasetUse, Plan, Rational, Training
+from casemate_schemas.licence import names_model
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.pipeline import Loss, PipelineSpec, Scaling
 from casemate_schemas.signatures import Signed
@@ -97,6 +99,7 @@ def plan_training(
     from casemate_models.pipeline import check_pipeline
     from casemate_models.tracing import trace
 
+    check_units(datasets)
     features = feature_columns([dataset.card for dataset in datasets], request.features, request.target)  # 1
     target = _column(datasets[0].card, request.target)
     input_shape = request.input_shape or _input_shape(features)
@@ -109,7 +112,17 @@ def plan_training(
         check_pipeline(pipeline, dataset.card, model.input_shape)
     owners = plan_rates(request, datasets)  # 3
     with parameter_errors("plan"):
-        return _plan(request, datasets, pipeline, loss, owners, recipients), model, weights
+        return _plan(request, datasets, pipeline, loss, owners, recipients, model), model, weights
+
+
+def check_units(datasets: Sequence[Dataset]) -> None:
+    """Raises :class:`DatasetError` for a dataset whose privacy unit no worker protects yet."""
+    for dataset in datasets:
+        if dataset.card.privacy_unit != "record":
+            raise DatasetError(
+                f"{dataset.id} protects subjects, with up to {dataset.card.max_records_per_subject} records each, and no "
+                "worker bounds what one subject contributes yet: no job can use it"
+            )
 
 
 def feature_columns(cards: Sequence[DatasetCard], names: Sequence[str] | None, target: str) -> tuple[Column, ...]:
@@ -151,23 +164,46 @@ def plan_rates(request: TrainingRequest, datasets: Sequence[Dataset]) -> OwnersP
     Raises :class:`ParameterError` for a batch larger than the declared rows, and :class:`BudgetError` where an owner's
     remaining budget certainly does not cover the plan.
     """
+    steps = count_steps(datasets, request.batch_size, request.epochs, request.steps)
+    plan, costs, _ = _planned(request.privacy, datasets, steps, request.batch_size)
+    _check_budgets(datasets, costs)
+    return plan
+
+
+def weigh_budgets(
+    privacy: Privacy, datasets: Sequence[Dataset], batch_size: int, epochs: float | None, steps: int | None
+) -> tuple[Choice, ...]:
+    """What each owner's own budget is worth to the job, and what other choices would cost it. Raises as :func:`plan_rates`."""
+    steps = count_steps(datasets, batch_size, epochs, steps)
+    _, _, targets = _planned(privacy, datasets, steps, batch_size)
+    named = {dataset.id: target for dataset, target in zip(datasets, targets, strict=True)}
+    return weigh_choices(named, steps, batch_size)
+
+
+def count_steps(datasets: Sequence[Dataset], batch_size: int, epochs: float | None, steps: int | None) -> int:
+    """The job's steps. Raises :class:`ParameterError` for a batch larger than the declared rows, or too many steps."""
     rows = sum(dataset.card.row_bound for dataset in datasets)
-    if request.batch_size > rows:
-        raise ParameterError(f"batch_size: expected at most the {rows} declared rows, got {request.batch_size}")
-    steps = request.steps or math.ceil((request.epochs or 1) * rows / request.batch_size)
-    if steps > wire.MAX_STEPS:
-        raise ParameterError(f"{steps} steps: expected at most {wire.MAX_STEPS}; fewer epochs or larger batches")
+    if batch_size > rows:
+        raise ParameterError(f"batch_size: expected at most the {rows} declared rows, got {batch_size}")
+    counted = steps or math.ceil((epochs or 1) * rows / batch_size)
+    if counted > wire.MAX_STEPS:
+        raise ParameterError(f"{counted} steps: expected at most {wire.MAX_STEPS}; fewer epochs or larger batches")
+    return counted
+
+
+def _planned(
+    privacy: Privacy, datasets: Sequence[Dataset], steps: int, batch_size: int
+) -> tuple[OwnersPlan, list[float], list[OwnerTarget]]:
+    """The plan, what it costs each owner at its licence's delta, and the targets that it meets."""
     capped: set[str] = set()
     while True:
-        targets = [_target(request.privacy, dataset, dataset.id in capped) for dataset in datasets]
-        plan = plan_job(targets, steps, request.batch_size)
+        targets = [_target(privacy, dataset, dataset.id in capped) for dataset in datasets]
+        plan = plan_job(targets, steps, batch_size)
         costs = [epsilon(plan.event(i), d.licence.delta) for i, d in enumerate(datasets)]
         over = {d.id for d, cost in zip(datasets, costs, strict=True) if cost > d.licence.epsilon_per_job} - capped
         if not over:
-            break
+            return plan, costs, targets
         capped |= over
-    _check_budgets(datasets, costs)
-    return plan
 
 
 def _target(privacy: Privacy, dataset: Dataset, capped: bool) -> OwnerTarget:
@@ -194,6 +230,7 @@ def _plan(
     loss: Loss,
     owners: OwnersPlan,
     recipients: tuple[Signed, ...],
+    model: ModelSpec,
 ) -> Plan:
     optimizer = request.optimizer
     return Plan(
@@ -222,6 +259,7 @@ def _plan(
         ),
         privacy=wire.Privacy(epsilon=request.privacy.epsilon, delta=request.privacy.delta),
         recipients=recipients,
+        model=digest_of(model) if any(names_model(dataset.licence) for dataset in datasets) else None,
     )
 
 

@@ -26,6 +26,7 @@ class Progress:
             TimeElapsedColumn(),
             console=self._console,
         )
+        self._awaited: dict[str, str] = {}
         self._task = self._bar.add_task(self._label, total=None, step="", epsilon="")
 
     def show(self, event: JobEvent) -> None:
@@ -40,6 +41,13 @@ class Progress:
             step=step,
             epsilon=epsilon,
         )
+
+    def wait(self, awaited: dict[str, str]) -> None:
+        """Which approvals key brokers wait for, each said once."""
+        for name, words in awaited.items():
+            if self._awaited.get(name) != words:
+                self._console.print(f"{name}: {words}", markup=False)
+        self._awaited = awaited
 
     def end(self, status: JobStatus, refusals: dict[str, str]) -> None:
         """How it ended, and why key brokers refused."""

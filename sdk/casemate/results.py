@@ -13,6 +13,7 @@ import numpy as np
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ManifestChain
 from casemate_schemas.errors import MissingExtraError, SetupError
+from casemate_schemas.grant import Grant
 from casemate_schemas.model import MAX_NODES
 from casemate_schemas.result import PrivacyStatement, Release, ResultManifest
 from casemate_schemas.signatures import Signed
@@ -89,6 +90,11 @@ class Result:
         except OSError as error:
             raise SetupError(f"cannot write to {target}: {error.strerror}") from error
 
+    def obligations(self) -> list[dict[str, Any]]:
+        """What each owner's licence obliges the holder of this result to, as its key broker stated it in the Grant."""
+        headers = [signed.peek(Grant).header for signed in self.manifest.grants]
+        return [item.model_dump(mode="json") for header in headers for item in header.obligations]
+
     def provenance(self) -> dict[str, Any]:
         """What ran on whose data, at which epsilon, as plain JSON values."""
         return {
@@ -101,6 +107,7 @@ class Result:
                 {"dataset": use.dataset, "envelope": use.envelope.hex(), "licence": use.licence.hex()}
                 for use in self.terms.plan.datasets
             ],
+            "obligations": self.obligations(),
             "privacy": self.privacy.model_dump(mode="json"),
             "software": self.manifest.software,
             "isolation": self.manifest.isolation,

@@ -15,9 +15,10 @@ from typing import Annotated, ClassVar, Literal
 
 from casemate_schemas.admission import Submission
 from casemate_schemas.codec import Digest, M, WireModel, decode, encode
-from casemate_schemas.consortium import Consortium, ManifestChain, verify_chain
-from casemate_schemas.errors import CasemateError, IntegrityError, SetupError
+from casemate_schemas.consortium import Consortium, KeyBroker, ManifestChain, verify_chain
+from casemate_schemas.errors import CasemateError, IntegrityError, SetupError, SignatureError
 from casemate_schemas.job import JobId
+from casemate_schemas.requests import LedgerHead
 from casemate_schemas.signatures import Signed
 from pydantic import Field
 
@@ -80,6 +81,24 @@ class State:
         """What was submitted from here under that id."""
         return self._read(SubmittedJob, _job_file(job_id))
 
+    def remember_ledger_head(self, broker: KeyBroker, consortium: bytes, signed: Signed) -> None:
+        """Keep the newest head of a key broker's ledger, to be shown to it: it can tell by it that it was set back.
+
+        Raises :class:`~casemate_schemas.errors.SignatureError` for a head that the key broker did not sign.
+        """
+        head = signed.verify(LedgerHead, broker.signing_key)
+        if (head.consortium, head.key_broker) != (consortium, broker.id):
+            raise SignatureError(f"key broker {broker.id} shows the head of another one")
+        with self._locked():
+            known = self._read(Signed, _head_file(broker.id))
+            if known is None or known.signer != broker.signing_key or _reach(known) < _reach(signed):
+                self._write(_head_file(broker.id), signed)
+
+    def ledger_head(self, broker: KeyBroker) -> Signed | None:
+        """The newest head seen of a key broker's ledger under the key that it has now."""
+        known = self._read(Signed, _head_file(broker.id))
+        return known if known is not None and known.signer == broker.signing_key else None
+
     def _read(self, model: type[M], name: str) -> M | None:
         try:
             with open(self._folder / name, "rb") as file:
@@ -117,6 +136,15 @@ class State:
             yield
         finally:
             os.close(descriptor)
+
+
+def _head_file(key_broker: str) -> str:
+    return f"ledger-head-{key_broker}"
+
+
+def _reach(signed: Signed) -> tuple[int, int, int]:
+    head = signed.peek(LedgerHead)
+    return head.branch, head.entries, head.audit_size
 
 
 def _job_file(job_id: str) -> str:

@@ -13,23 +13,30 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from casemate_schemas.api import JobStatus
-from casemate_schemas.consortium import ConsortiumManifest
+from casemate_privacy.owners import Choice
+from casemate_schemas.api import JobStatus, ManifestPublished, RevocationPublished
+from casemate_schemas.attestation_policy import AttestationPolicy
+from casemate_schemas.consortium import ConsortiumManifest, SignedManifest
+from casemate_schemas.custody import DatasetShown, LicenceAmended, StateBackedUp
 from casemate_schemas.dataset import DatasetCard
 from casemate_schemas.job_state import JobEvent
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.licence import Licence
-from casemate_schemas.requests import Budget, DatasetRegistered
+from casemate_schemas.requests import Budget, BudgetRenewed, DatasetRegistered, StateShown, WorkerList
 
 from . import client as _client
 from . import jobs as _jobs
+from .approvals import ApprovalRequest, PendingApprovals
+from .custody import Amendment, Erased
 from .datasets import Array, Datasets
+from .hosting import AttestedKeyBroker
 from .identity import Identity, now_ms
+from .parameters import Privacy
 from .results import Result
 
 if TYPE_CHECKING:
@@ -117,6 +124,100 @@ class Consortium:
     def budget(self, dataset: str) -> Budget:
         """See :meth:`casemate.Consortium.budget`."""
         return self._loop.run(self.inner.budget(dataset))
+
+    def weigh_budgets(
+        self,
+        datasets: Sequence[str],
+        *,
+        privacy: Privacy,
+        batch_size: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+    ) -> tuple[Choice, ...]:
+        """See :meth:`casemate.Consortium.weigh_budgets`."""
+        return self._loop.run(
+            self.inner.weigh_budgets(datasets, privacy=privacy, batch_size=batch_size, epochs=epochs, steps=steps)
+        )
+
+    def dataset_history(self, dataset: str) -> DatasetShown:
+        """See :meth:`casemate.Consortium.dataset_history`."""
+        return self._loop.run(self.inner.dataset_history(dataset))
+
+    def compare_licence(self, licence: Licence) -> Amendment:
+        """See :meth:`casemate.Consortium.compare_licence`."""
+        return self._loop.run(self.inner.compare_licence(licence))
+
+    def revocation_of(self, dataset: str) -> Amendment:
+        """See :meth:`casemate.Consortium.revocation_of`."""
+        return self._loop.run(self.inner.revocation_of(dataset))
+
+    def amend(self, licence: Licence) -> LicenceAmended:
+        """See :meth:`casemate.Consortium.amend`."""
+        return self._loop.run(self.inner.amend(licence))
+
+    def erase(self, dataset: str, *, envelope: bytes, keep_current: bool = False) -> Erased:
+        """See :meth:`casemate.Consortium.erase`."""
+        return self._loop.run(self.inner.erase(dataset, envelope=envelope, keep_current=keep_current))
+
+    def rotate_seeds(self) -> int:
+        """See :meth:`casemate.Consortium.rotate_seeds`."""
+        return self._loop.run(self.inner.rotate_seeds())
+
+    def back_up_key_broker(self) -> StateBackedUp:
+        """See :meth:`casemate.Consortium.back_up_key_broker`."""
+        return self._loop.run(self.inner.back_up_key_broker())
+
+    def renew_budget(self, dataset: str, *, lineage: bytes) -> BudgetRenewed:
+        """See :meth:`casemate.Consortium.renew_budget`."""
+        return self._loop.run(self.inner.renew_budget(dataset, lineage=lineage))
+
+    def approvals(self) -> PendingApprovals:
+        """See :meth:`casemate.Consortium.approvals`."""
+        return self._loop.run(self.inner.approvals())
+
+    def approval(self, job: str) -> tuple[ApprovalRequest, ...]:
+        """See :meth:`casemate.Consortium.approval`."""
+        return self._loop.run(self.inner.approval(job))
+
+    def approve(self, request: ApprovalRequest) -> ApprovalRequest:
+        """See :meth:`casemate.Consortium.approve`."""
+        return self._loop.run(self.inner.approve(request))
+
+    def deny(self, request: ApprovalRequest) -> ApprovalRequest:
+        """See :meth:`casemate.Consortium.deny`."""
+        return self._loop.run(self.inner.deny(request))
+
+    def revoke(self, person: str, *, member_keys: KeyRing, before: int | None = None) -> RevocationPublished:
+        """See :meth:`casemate.Consortium.revoke`."""
+        return self._loop.run(self.inner.revoke(person, member_keys=member_keys, before=before))
+
+    def key_broker_state(self) -> StateShown:
+        """See :meth:`casemate.Consortium.key_broker_state`."""
+        return self._loop.run(self.inner.key_broker_state())
+
+    def endorse_key_broker(self, ahead: bytes) -> StateShown:
+        """See :meth:`casemate.Consortium.endorse_key_broker`."""
+        return self._loop.run(self.inner.endorse_key_broker(ahead))
+
+    def workers(self) -> WorkerList:
+        """See :meth:`casemate.Consortium.workers`."""
+        return self._loop.run(self.inner.workers())
+
+    def attest_key_broker(self, key_broker: str, *, policy: AttestationPolicy | None = None) -> AttestedKeyBroker:
+        """See :meth:`casemate.Consortium.attest_key_broker`."""
+        return self._loop.run(self.inner.attest_key_broker(key_broker, policy=policy))
+
+    def order_hand_over(self, key_broker: str) -> bytes:
+        """See :meth:`casemate.Consortium.order_hand_over`."""
+        return self._loop.run(self.inner.order_hand_over(key_broker))
+
+    def tell_time(self, key_broker: str) -> int:
+        """See :meth:`casemate.Consortium.tell_time`."""
+        return self._loop.run(self.inner.tell_time(key_broker))
+
+    def publish_manifest(self, signed: SignedManifest) -> ManifestPublished:
+        """See :meth:`casemate.Consortium.publish_manifest`."""
+        return self._loop.run(self.inner.publish_manifest(signed))
 
     def job(self, job_id: str, *, submitter: str | None = None) -> Job:
         """See :meth:`casemate.Consortium.job`."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from casemate_attestation.appraise import verify_and_appraise
+from casemate_attestation.evidence import verify_evidence
 from casemate_privacy.statement import privacy_statement
 from casemate_schemas.codec import decode, digest_of
 from casemate_schemas.consortium import Consortium, ManifestChain
@@ -108,7 +108,8 @@ def verify_result(bundle: Bundle, identity: Identity, expected: Expected) -> Ver
     8. *opening*: the content key released to this person opens it.
     9. *terms*: the ones inside are those released; the expected submitter signed them; key brokers, datasets and
        recipients are as they say.
-    10. *training worker*: the envelope's sender; Grants and evidence as in steps 3 and 4, for the same terms.
+    10. *training worker*: the envelope's sender; Grants and evidence as in steps 3 and 4, for the same terms, under the
+        manifest that it names (a successor may have released the result under a newer one).
     11. *result manifest*: it is about this consortium and job, and says truly whether it was simulated.
     12. *privacy*: sample rate, noise, steps and delta of each owner are those of the terms, and each epsilon equals its
         recomputation and is within the terms' target.
@@ -151,14 +152,15 @@ def verify_result(bundle: Bundle, identity: Identity, expected: Expected) -> Ver
     with steps(9, "terms") as note:
         terms = _terms(manifest.terms, release, consortium, identity, expected)
         _same("the terms concern key brokers", ", ".join(terms.terms.key_brokers), _names(grants))
-        _cover(terms.terms, grants)
+        _cover(terms.terms, grants, trained=False)
         _recipients(release, terms)
         note(_person(terms), f"purpose {terms.terms.plan.purpose}, {len(terms.terms.plan.datasets)} datasets")
     with steps(10, "training worker") as note:
-        trained = _grants(manifest.grants, manifest.evidence, release, consortium)
+        then = consortium_at(bundle.chain, manifest.evidence.claims.manifest, consortium=expected.consortium)
+        trained = _grants(manifest.grants, manifest.evidence, release, then)
         _same("it was granted keys by", _names(trained), _names(grants))
-        _cover(terms.terms, trained)
-        _appraise(manifest.evidence, trained, consortium)
+        _cover(terms.terms, trained, trained=True)
+        _appraise(manifest.evidence, trained, then)
         _equal("the envelope's sender", head.header.preamble.sender, manifest.evidence.claims.signing_key)
         note(_chip(consortium), f"attempt {manifest.evidence.claims.attempt} trained and sealed it")
     with steps(11, "result manifest") as note:
@@ -239,8 +241,7 @@ def _grants(
 def _appraise(evidence: Evidence, grants: dict[str, Grant], consortium: Consortium) -> None:
     """Judged at the time the first Grant was issued: certificates may expire afterwards."""
     at = datetime.fromtimestamp(min(grant.header.issued for grant in grants.values()) / 1000, UTC)
-    policy, report_data = consortium.manifest.attestation, evidence.claims.report_data
-    verify_and_appraise(evidence.report, evidence.certificates, policy, report_data, at).raise_for_failure()
+    verify_evidence(evidence, consortium.manifest.attestation, at).raise_for_failure()
 
 
 def _receipts(release: Release, consortium: Consortium) -> dict[str, CommitReceipt]:
@@ -301,11 +302,15 @@ def _terms(
     return terms
 
 
-def _cover(terms: Terms, grants: dict[str, Grant]) -> None:
-    """Each owner's key broker granted the dataset version of the terms, under the licence of the terms."""
+def _cover(terms: Terms, grants: dict[str, Grant], *, trained: bool) -> None:
+    """Each owner's key broker granted the dataset version of the terms, under the licence of the terms.
+
+    Whoever only released what was committed already was granted no dataset any more.
+    """
     for use in terms.plan.datasets:
         header = grants[use.key_broker].header
-        if use.envelope not in header.envelopes or use.licence not in header.licences:
+        is_granted = use.envelope in header.envelopes or (not trained and header.committed is not None)
+        if not is_granted or use.licence not in header.licences:
             raise ReleaseError(f"{use.key_broker} granted another version or licence of {use.dataset}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ async def duplicates(bench: Bench, record: JobRecord) -> AsyncIterator[list[Dupl
             guest = SimulatedGuest(layout.folder / layout.chip_socket)
             stack.callback(guest.close)
             chain = decode(ManifestChain, layout.manifest.read_bytes())
-            consortium = verify_chain(chain, consortium=bytes.fromhex(settings.consortium))
+            consortium = partial(verify_chain, chain, consortium=bytes.fromhex(settings.consortium))
             worker = Duplicate(settings, client, consortium, guest, clock=now_ms, log=ProgramLog("worker"))
             record = advance(record, "claimed", now_ms=now_ms(), worker=name)
             worker.record, worker.barrier, worker.receipts = record, barrier, {}

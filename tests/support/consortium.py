@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from casemate_schemas.attestation_policy import AcceptedProduct, AttestationPolicy, TcbVersion
 from casemate_schemas.consortium import (
@@ -71,6 +72,16 @@ class ConsortiumKeys:
             expires=not_before + days * DAY_MS,
         )
         return PersonKeys(keys, sign(delegation, signed_by or self.members[member].signing))
+
+
+def amended(keys: ConsortiumKeys, *, signers: tuple[str, ...] = MEMBERS, **changed: Any) -> ConsortiumKeys:
+    """The consortium after one more manifest with the ``changed`` fields. It is not verified: it may lack signatures."""
+    before = keys.consortium
+    fields = {**dict(before.manifest), "number": before.manifest.number + 1, "previous": before.digest, **changed}
+    manifest = ConsortiumManifest.model_validate(fields)
+    signed = sign_manifest(manifest, {name: keys.members[name].signing for name in signers})
+    after = Consortium(before.id, signed.digest, manifest, (*before.earlier, before.digest))
+    return replace(keys, consortium=after, chain=ManifestChain(manifests=(*keys.chain.manifests, signed)))
 
 
 @functools.cache

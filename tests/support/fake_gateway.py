@@ -38,6 +38,8 @@ class FakeGateway:
     world: World
     answer: Answerer
     chain: bytes = b""
+    evidence: Callable[[bytes], bytes] | None = None
+    """Of the one hosted key broker there may be."""
     fail: list[CasemateError] = field(default_factory=list)
     nonces: set[str] = field(default_factory=set)
     requests: list[str] = field(default_factory=list)
@@ -57,6 +59,7 @@ class FakeGateway:
             ("GET", "/v1/consortium", self._consortium),
             ("POST", "/v1/envelopes", self._upload),
             ("POST", "/v1/key-brokers/{name}/messages", self._message),
+            ("POST", "/v1/key-brokers/{name}/evidence", self._evidence),
             ("POST", "/v1/jobs", self._submit),
             ("GET", "/v1/jobs", self._list),
             ("GET", "/v1/jobs/{id}", self._show),
@@ -137,6 +140,10 @@ class FakeGateway:
             created=asked.created,
         )
         return web.Response(body=sealed, content_type=api.MEDIA_TYPE)
+
+    async def _evidence(self, request: web.Request) -> web.Response:
+        assert self.evidence is not None
+        return web.Response(body=self.evidence(await request.read()), content_type=api.MEDIA_TYPE)
 
     async def _submit(self, request: web.Request) -> web.Response:
         self.submissions.append(decode(Submission, await request.read()))

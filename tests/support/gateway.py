@@ -86,13 +86,16 @@ class Caller:
         return await self.request("POST", path, body, **options)
 
 
+Decision = Literal["yes", "awaiting", "refused"]
+
+
 @dataclass
 class KeyBrokerProgram:
     """A key broker as the gateway sees it: it opens terms with its own key and signs what it says."""
 
     keys: ConsortiumKeys
     name: str
-    says: Callable[[Routing], Awaitable[tuple[Literal["yes", "refused"], str | None]]]
+    says: Callable[[Routing], Awaitable[tuple[Decision, str | None]]]
     people: list[PersonKeys]
     asked: list[str] = field(default_factory=list)
     answers: Callable[[bytes], Awaitable[bytes]] | None = None
@@ -137,7 +140,7 @@ class KeyBrokerProgram:
         return seal_envelope("response", text[::-1], to, consortium=consortium, key=own.signing, created=now_ms())
 
 
-async def yes(_: Routing) -> tuple[Literal["yes", "refused"], str | None]:
+async def yes(_: Routing) -> tuple[Decision, str | None]:
     return "yes", None
 
 
@@ -169,7 +172,7 @@ class House:
             yield gateway
 
     async def key_broker(
-        self, name: str, says: Callable[[Routing], Awaitable[tuple[Literal["yes", "refused"], str | None]]] = yes
+        self, name: str, says: Callable[[Routing], Awaitable[tuple[Decision, str | None]]] = yes
     ) -> KeyBrokerProgram:
         """A key broker that serves until the test ends."""
         program = KeyBrokerProgram(self.keys, name, says, self.people)

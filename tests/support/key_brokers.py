@@ -9,15 +9,19 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from casemate_attestation.simulated_chip import SimulatedAuthority, SimulatedChip, SimulatedKeys
-from casemate_key_broker import ledger
-from casemate_key_broker.database import Database
+from casemate_key_broker import audit_log, ledger
+from casemate_key_broker.clock import MonotoneClock
+from casemate_key_broker.database import Database, State
+from casemate_key_broker.hosted import STATE_KEY_CONTEXT, own_keys
 from casemate_key_broker.party import Party, pin_consortium
+from casemate_key_broker.sealed_database import SealedDatabase
 from casemate_key_broker.seed_shares import SeedSecrets
 from casemate_key_broker.service import KeyBroker as Service
 from casemate_key_broker.service import Limits
@@ -33,6 +37,7 @@ from casemate_schemas.consortium import (
     sign_manifest,
     verify_chain,
 )
+from casemate_schemas.custody import DatasetPrepared, PrepareDataset
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.envelope import open_head, split_envelope
 from casemate_schemas.evidence import Evidence, KeyBrokerNonce, WorkerClaims
@@ -65,15 +70,22 @@ from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.terms import Terms
 
 MEASUREMENT = b"\x4d" * 48
+KEY_BROKER_MEASUREMENT = b"\x4b" * 48
 DAY_MS = 24 * 3600 * 1000
 MEMBERS = ("clara", "north", "south")
 PURPOSE = "research"
 
 
 @functools.cache
+def authority() -> SimulatedAuthority:
+    """One hierarchy for the whole run: its RSA keys take seconds."""
+    return SimulatedAuthority(SimulatedKeys.generate())
+
+
+@functools.cache
 def chip() -> SimulatedChip:
-    """One simulated chip for the whole run: its RSA keys take seconds."""
-    return SimulatedAuthority(SimulatedKeys.generate()).issue_chip()
+    """One simulated chip under it."""
+    return authority().issue_chip()
 
 
 @dataclass
@@ -156,8 +168,7 @@ class Worker:
         return WorkerClaims(**(fields | changed))
 
     def evidence(self, claims: WorkerClaims, measurement: bytes = MEASUREMENT) -> Evidence:
-        attested = chip().launch(measurement).attest(claims.report_data)
-        return Evidence(claims=claims, report=attested.report, certificates=attested.certificates)
+        return Evidence(claims=claims, components=(chip().launch(measurement).attest(claims.report_data),))
 
     def request(self, evidence: Evidence) -> bytes:
         return encode(sign(GrantRequest(evidence=evidence), self.keys.signing))
@@ -176,33 +187,62 @@ class Worker:
 class Bench:
     """The consortium, its key brokers (opened on first use), and its people."""
 
-    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits | None = None,
+        *,
+        hosted: Collection[str] = (),
+        key_broker_image: bytes = KEY_BROKER_MEASUREMENT,
+    ) -> None:
+        """``hosted`` key brokers run in enclaves of the simulated chip, since the second manifest."""
         self.folder = folder
+        self.key_broker_image = key_broker_image
         self.clock = Clock()
         self.limits = limits
         self.members = {name: KeyRing.generate() for name in MEMBERS}
         self.key_brokers = {name: KeyRing.generate() for name in MEMBERS}
         self.chain = ManifestChain(manifests=(self._manifest(),))
         self.consortium = verify_chain(self.chain)
+        self.hosted = frozenset(hosted)
+        if hosted:
+            self._move_into_enclaves()
         self.clara = self.person("clara", "clara", ("scientist",))
         self.stewards = {name: self.person(name, "nora", ("steward",)) for name in ("north", "south")}
-        self._open: dict[str, tuple[Database, Service]] = {}
+        self.open_state: Callable[[Path], State] = Database
+        """How key brokers keep their state."""
+        self.revoked: dict[tuple[str, str], int] = {}
+        self._open: dict[str, tuple[State, Service]] = {}
 
     # --- parties ------------------------------------------------------------------------------------------------------
 
     def broker(self, name: str) -> Service:
         """The running key broker of a member."""
         if name not in self._open:
-            database = Database(self.folder / name)
+            database, clock = self._state(name)
             with database.transaction() as tx:
                 ledger.verify(tx)
+                audit_log.verify(tx)
             consortium = pin_consortium(database, name, self.consortium.id, self.chain, self.clock())
-            seeds = SeedSecrets(self.folder / name, needed=set())
+            consortium = replace(consortium, revoked=self.revoked)
+            seeds = (
+                SeedSecrets.in_state(database) if name in self.hosted else SeedSecrets(self.folder / name, needed=set())
+            )
             party = Party(name, self.key_brokers[name], consortium)
-            self._open[name] = database, Service(party, database, seeds, clock=self.clock, limits=self.limits)
+            self._open[name] = (
+                database,
+                Service(
+                    party,
+                    database,
+                    seeds,
+                    clock=clock,
+                    limits=self.limits,
+                    hear_time=getattr(clock, "raise_to", lambda _: None),
+                ),
+            )
         return self._open[name][1]
 
-    def database(self, name: str) -> Database:
+    def database(self, name: str) -> State:
         self.broker(name)
         return self._open[name][0]
 
@@ -215,8 +255,32 @@ class Bench:
         for name in names or tuple(self._open):
             self._open.pop(name)[0].close()
 
-    def person(self, member: str, name: str, roles: tuple[Role, ...], *, days: int = 30) -> Person:
+    def amend(self, *adopted_by: str, **changed: Any) -> None:
+        """One more manifest with the ``changed`` fields; those named (all that are open, if none is) go on under it."""
+        before = self.consortium
+        fields = {**dict(before.manifest), "number": before.manifest.number + 1, "previous": before.digest, **changed}
+        keys = {name: keys.signing for name, keys in self.members.items()}
+        signed = sign_manifest(ConsortiumManifest(**fields), keys)
+        self.chain = ManifestChain(manifests=(*self.chain.manifests, signed))
+        self.consortium = verify_chain(self.chain)
+        for name in adopted_by or tuple(self._open):
+            self.restart(name)
+
+    def revoke(self, member: str, person: str) -> None:
+        """All key brokers that are open have heard that the person's delegations so far count no longer."""
+        self.revoked = {**self.revoked, (member, person): self.clock()}
+        for name in tuple(self._open):
+            self.restart(name)
+
+    def policy(self, **changed: Any) -> dict[str, Any]:
+        """The manifest's attestation policy with some fields changed, as :meth:`amend` wants it."""
+        return {"attestation": AttestationPolicy(**dict(self.consortium.manifest.attestation) | changed)}
+
+    def person(
+        self, member: str, name: str, roles: tuple[Role, ...], *, days: int = 30, begins: int | None = None
+    ) -> Person:
         keys = KeyRing.generate()
+        begins = self.clock() - DAY_MS if begins is None else begins
         delegation = Delegation(
             consortium=self.consortium.id,
             member=member,
@@ -224,27 +288,59 @@ class Bench:
             signing_key=keys.signing.public,
             sealing_key=keys.sealing.public,
             roles=roles,
-            not_before=self.clock() - DAY_MS,
-            expires=self.clock() - DAY_MS + days * DAY_MS,
+            not_before=begins,
+            expires=begins + days * DAY_MS,
         )
         return Person(keys, sign(delegation, self.members[member].signing))
 
-    def _manifest(self) -> Any:
+    def _state(self, name: str) -> tuple[State, Callable[[], int]]:
+        if name not in self.hosted:
+            return self.open_state(self.folder / name), self.clock
+        clock = MonotoneClock(self.clock)
+        key = chip().launch(self.key_broker_image).derive_key(STATE_KEY_CONTEXT)
+        return SealedDatabase(self.folder / name, key, clock), clock
+
+    def _move_into_enclaves(self) -> None:
+        """The hosted key brokers make their keys, and the members put those into the next manifest."""
+        made = {}
+        for name in self.hosted:
+            database, _ = self._state(name)
+            pin_consortium(database, name, self.consortium.id, self.chain, self.clock())
+            made[name] = own_keys(database)
+            database.close()
+        self.list_hosted(made)
+
+    def list_hosted(self, keys: Mapping[str, Any]) -> None:
+        """The second manifest, in which these key brokers run in enclaves. Of their ``keys`` the public ones are enough."""
+        self.hosted = frozenset(keys)
+        self.key_brokers |= keys
+        following = self._manifest(number=2, previous=self.consortium.digest)
+        self.chain = ManifestChain(manifests=(*self.chain.manifests, following))
+        self.consortium = verify_chain(self.chain)
+
+    def _manifest(self, *, number: int = 1, previous: bytes | None = None) -> Any:
         policy = AttestationPolicy(
             simulation=True,
             products=(AcceptedProduct(product=chip().facts.product, ark_sha256=(chip().root.ark_sha256,)),),
             measurements=(MEASUREMENT, b"\x4e" * 48),
+            key_broker_measurements=(self.key_broker_image,),
         )
         manifest = ConsortiumManifest(
-            number=1,
-            previous=None,
+            number=number,
+            previous=previous,
             name="clara's lab and two hospitals",
             members=tuple(
                 Member(id=name, name=name, signing_key=keys.signing.public, sealing_key=keys.sealing.public)
                 for name, keys in self.members.items()
             ),
             key_brokers=tuple(
-                KeyBroker(id=name, serves=(name,), signing_key=keys.signing.public, sealing_key=keys.sealing.public)
+                KeyBroker(
+                    id=name,
+                    serves=(name,),
+                    hosted="enclave" if number > 1 and name in self.hosted else "member",
+                    signing_key=keys.signing.public,
+                    sealing_key=keys.sealing.public,
+                )
                 for name, keys in self.key_brokers.items()
             ),
             attestation=policy,
@@ -284,12 +380,18 @@ class Bench:
         }
         return Licence(**(fields | changed))
 
-    def seal_dataset(self, owner: str = "north", *, by: Person | None = None, to: str | None = None) -> bytes:
-        """Signed head of a new dataset envelope."""
+    def prepared(self, owner: str = "north") -> bytes:
+        """A sealing key for one more dataset version."""
+        answer = self.ask(owner, self.stewards[owner], PrepareDataset(owner=owner))
+        assert isinstance(answer, DatasetPrepared), answer
+        return answer.sealing_key
+
+    def seal_dataset(self, owner: str = "north", *, by: Person | None = None, to: bytes | None = None) -> bytes:
+        """Signed head of a new dataset envelope, sealed to the key that the owner's key broker prepares, or to another."""
         envelope = seal_envelope(
             "dataset",
             os.urandom(64),
-            (self.key_brokers[to or owner].sealing.public,),
+            (to or self.prepared(owner),),
             consortium=self.consortium.id,
             key=(by or self.stewards[owner]).keys.signing,
             created=self.clock(),

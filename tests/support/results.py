@@ -33,7 +33,7 @@ from casemate_schemas.consortium import (
     verify_chain,
 )
 from casemate_schemas.envelope import EnvelopeHead, SealedKey, frame_head
-from casemate_schemas.evidence import Evidence, KeyBrokerNonce, WorkerClaims
+from casemate_schemas.evidence import Evidence, KeyBrokerNonce, SevSnp, WorkerClaims
 from casemate_schemas.grant import AuditEntry, CommitReceipt, Grant, GrantHeader, InclusionProof
 from casemate_schemas.job import SGD, DatasetUse, Plan, Privacy, Rational, Training
 from casemate_schemas.keyring import KeyRing
@@ -178,8 +178,8 @@ class World:
             )
         )
         template = replace(self.chip.launch(MEASUREMENT).template, report_data=claims.report_data)
-        report = self.chip.sign(template.body())
-        return edit(Evidence(claims=claims, report=report, certificates=self.chip.certificates))
+        component = SevSnp(report=self.chip.sign(template.body()), certificates=self.chip.certificates)
+        return edit(Evidence(claims=claims, components=(component,)))
 
     def grant(self, name: str, terms: Signed, evidence: Evidence, edit: Edit[GrantHeader], **signer: Any) -> Signed:
         """One key broker's signed Grant to the worker of that evidence."""

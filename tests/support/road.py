@@ -132,11 +132,17 @@ async def running_road(
     members: Sequence[str] = (*HOSPITALS, "university"),
     workers: int = 2,
     overrides: Mapping[str, Mapping[str, object]] | None = None,
+    more_people: Mapping[str, tuple[Role, ...]] | None = None,
+    hosted: Sequence[str] = (),
 ) -> AsyncIterator[Road]:
-    """Founds a consortium in ``folder`` and runs its programs while the block lasts."""
-    people: dict[str, tuple[Role, ...]] = {f"sam@{name}": ("steward",) for name in members if name in HOSPITALS}
+    """Founds a consortium in ``folder`` and runs its programs while the block lasts.
+
+    Key brokers of ``hosted`` members run in enclaves of the simulated chip.
+    """
+    people: dict[str, tuple[Role, ...]] = {f"sam@{name}": ("steward", "admin") for name in members if name in HOSPITALS}
     people |= {name: ("scientist",) for name in (SCIENTIST, COLLEAGUE, STRANGER) if name.partition("@")[2] in members}
-    layout = await asyncio.to_thread(found, folder, members=members, people=people, workers=workers)
+    people |= more_people or {}
+    layout = await asyncio.to_thread(found, folder, members=members, people=people, workers=workers, hosted=hosted)
     async with LocalStack(layout, overrides=overrides) as stack:
         yield Road(layout, stack)
 

@@ -1,4 +1,4 @@
-"""``/v1/envelopes``: ciphertext in, with bounded memory and under its sender's name."""
+"""``/v1/envelopes``: ciphertext in, with bounded memory and under its sender's name; a dataset's out again, by its sender."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from aiohttp import web
 from casemate_schemas.api import EnvelopeStored
 from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, head_bytes, open_head
-from casemate_schemas.errors import AuthorisationError, MalformedError, TooLargeError
+from casemate_schemas.errors import AuthorisationError, MalformedError, NotFoundError, TooLargeError
 from casemate_schemas.identity import Role
 
 from casemate_gateway.authentication import Person
@@ -42,6 +42,29 @@ async def store(request: web.Request) -> web.Response:
     gateway.log.info("stored", envelope=head.header.digest.hex(), bytes=total, member=person.member)
     stored = EnvelopeStored(envelope=head.header.digest.hex(), bytes=total)
     return web.json_response(text=stored.model_dump_json(), status=201 if new else 200)
+
+
+async def remove(request: web.Request) -> web.Response:
+    """``DELETE /v1/envelopes/{digest}``: a dataset's ciphertext, at the wish of whoever uploaded it.
+
+    1. The digest is one, and a dataset's envelope is stored under it. 2. The person who asks is its sender.
+    3. The head goes first, so that nobody finds what is being removed.
+    """
+    gateway = gateway_of(request)
+    person, _ = await gateway.authenticate(request)
+    stored = await gateway.envelopes.head(_digest(request.match_info["digest"]))  # 1
+    preamble = stored.head.header.preamble
+    if preamble.kind != "dataset" or preamble.sender != person.signing_key:  # 2
+        raise AuthorisationError("only whoever uploaded a dataset may remove it")
+    await gateway.envelopes.delete(stored)  # 3
+    gateway.log.info("removed", envelope=stored.head.header.digest.hex(), member=person.member)
+    return web.Response(status=204)
+
+
+def _digest(text: str) -> bytes:
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise NotFoundError("no such envelope")
+    return bytes.fromhex(text)
 
 
 def _check_announced(gateway: Gateway, body: Body) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from aiohttp import web
 from casemate_messaging.rpc import MAX_RPC_BYTES, call
 from casemate_schemas import subjects
-from casemate_schemas.api import MEDIA_TYPE
+from casemate_schemas.api import JOB_HEADER, MEDIA_TYPE
 from casemate_schemas.consortium import KeyBroker
 from casemate_schemas.envelope import open_head, split_envelope
 from casemate_schemas.errors import AuthorisationError, ManifestError, NotFoundError
@@ -14,13 +16,15 @@ from casemate_schemas.keys import sealing_key_id
 from casemate_gateway.authentication import Person
 from casemate_gateway.gateway import Gateway, gateway_of
 
+MAX_EVIDENCE_REQUEST_BYTES: Final = 1024
+
 
 async def message(request: web.Request) -> web.Response:
     """``POST /v1/key-brokers/{id}/messages``: the key broker's answer to a request envelope.
 
     1. The key broker is one of the consortium's.
     2. The envelope is a request, from the person who posts it, and addressed to that key broker.
-    3. Its answer is handed back as it came.
+    3. Its answer is handed back as it came; the job that it may have to do with, if it waits, is asked about again.
     """
     gateway = gateway_of(request)
     person, body = await gateway.authenticate(request)
@@ -29,6 +33,20 @@ async def message(request: web.Request) -> web.Response:
     _check_request(gateway, person, key_broker, envelope)
     subject = subjects.key_broker_op(key_broker.id, "message")
     answer = await call(gateway.client, subject, envelope, gateway.settings.key_broker_timeout_s)
+    gateway.admission.wake(request.headers.get(JOB_HEADER, ""))
+    return web.Response(body=answer, content_type=MEDIA_TYPE)
+
+
+async def evidence(request: web.Request) -> web.Response:
+    """``POST /v1/key-brokers/{id}/evidence``: a hosted key broker's evidence over the nonce of whoever asks.
+
+    Also of one that no manifest lists yet: its evidence comes first. It speaks for itself, so it is handed back as it came.
+    """
+    gateway = gateway_of(request)
+    _, body = await gateway.authenticate(request)
+    payload = await body.whole(MAX_EVIDENCE_REQUEST_BYTES)
+    subject = subjects.key_broker_op(request.match_info["key_broker"], "evidence")
+    answer = await call(gateway.client, subject, payload, gateway.settings.key_broker_timeout_s)
     return web.Response(body=answer, content_type=MEDIA_TYPE)
 
 

@@ -16,14 +16,19 @@ from casemate_schemas.errors import CasemateError, SetupError
 from casemate.entry import is_missing_extra, missing_extra_line
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "approvals": ("casemate.cli.approvals:approvals", "", "Show, approve or deny the jobs that wait for people."),
     "attestation": ("casemate.cli.attestation:attestation", "", "Verify attestation evidence."),
-    "budget": ("casemate.cli.datasets:budget", "", "Show a dataset's privacy ledger."),
-    "datasets": ("casemate.cli.datasets:datasets", "", "List datasets, or push one."),
+    "budget": ("casemate.cli.budget:budget", "", "Explain a dataset's privacy ledger, or renew it."),
+    "consortium": ("casemate.cli.consortium:consortium", "", "Show what the members agreed on, or change it."),
+    "datasets": ("casemate.cli.datasets:datasets", "", "List datasets, read a licence, or push one."),
     "demo": ("casemate.cli.demo:demo", "demo", "Run three hospitals and one scientist on this machine."),
     "down": ("casemate.cli.up:down", "local", "End the local stack."),
+    "identity": ("casemate.cli.identity:identity", "", "End the delegations of a person whose key is lost."),
     "jobs": ("casemate.cli.jobs:jobs", "", "Submit, watch, list and cancel jobs."),
+    "key-broker": ("casemate.cli.key_broker:key_broker", "", "Your key broker: its state, its evidence, its time."),
     "results": ("casemate.cli.results:results", "", "Get a result, or verify one offline."),
     "up": ("casemate.cli.up:up", "local", "Start everything on this machine."),
+    "workers": ("casemate.cli.workers:workers", "", "Show which workers pass the policy, and why not."),
     "version": ("casemate.cli.version:version", "", "Show the installed version."),
 }
 """Command: where it is (module and attribute), the extra that brings what it imports, and its line in the help."""

@@ -1,4 +1,4 @@
-"""``casemate attestation``: check SEV-SNP evidence offline."""
+"""``casemate attestation``: check SEV-SNP evidence offline, and know what it should say."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from casemate_schemas.errors import CasemateError
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.text import Text
+
+from .fetch import fetch
+from .reference import measure, reference
 
 _MAX_MANIFEST_BYTES = 16 << 20
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -35,6 +38,8 @@ class Case(BaseModel):
     now: datetime
     policy: PolicyFile
     expect: Literal["pass", "fail"]
+    expect_error: str | None = None
+    """Advice: what the author of the case would look at first."""
 
 
 Cases = TypeAdapter(Annotated[tuple[Case, ...], Field(max_length=10_000)])
@@ -43,6 +48,10 @@ Cases = TypeAdapter(Annotated[tuple[Case, ...], Field(max_length=10_000)])
 @click.group()
 def attestation() -> None:
     """Check attestation evidence offline."""
+
+
+for command in (fetch, measure, reference):
+    attestation.add_command(command)
 
 
 @attestation.command()
@@ -162,5 +171,7 @@ def _run_case(case: Case, folder: Path, roots: TrustedRoots, *, as_json: bool) -
         click.echo(json.dumps({"id": case.id} | _as_json(verdict)))
     else:
         result = _as_json(verdict)["verdict"]
-        click.echo(f"{'✓' if expected else '✗'} {case.id}: {result} {', '.join(verdict.failed)}".rstrip())
+        advice = f" (advice: {case.expect_error})" if case.expect_error else ""
+        failed = f" {', '.join(verdict.failed)}" if verdict.failed else ""
+        click.echo(f"{'✓' if expected else '✗'} {case.id}: {result}{failed}{advice}")
     return expected

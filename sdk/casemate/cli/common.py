@@ -38,7 +38,7 @@ def connected(command: Callable[..., Awaitable[int | None]]) -> Callable[..., in
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", UserWarning)
                 async with connect(url, identity=identity, consortium=consortium_id, state_dir=state_dir) as consortium:
-                    console = _greet(consortium, [str(item.message) for item in told])
+                    console = _greet(consortium, [str(item.message) for item in told], bool(options.get("as_json")))
                     return await command(consortium, console, *args, **options)
 
         return asyncio.run(body())
@@ -64,10 +64,11 @@ def say_simulated(console: Console, simulation: bool) -> None:
         console.print(SIMULATED)
 
 
-def _greet(consortium: Consortium, told: list[str]) -> Console:
+def _greet(consortium: Consortium, told: list[str], as_json: bool) -> Console:
+    """What must be known first; beside the output where that is for machines, which are told in it."""
     notices = Console(stderr=True)
     for message in told:
         notices.print(message, style="yellow", markup=False)
     console = Console(width=None if os.isatty(1) else 160)
-    say_simulated(console, consortium.simulation)
+    say_simulated(notices if as_json else console, consortium.simulation)
     return console

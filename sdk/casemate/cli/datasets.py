@@ -1,25 +1,27 @@
-"""``casemate datasets list|push`` and ``casemate budget``."""
+"""``casemate datasets``: list, show, explain, push; and for stewards history, amend, revoke, delete."""
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 import numpy as np
+from casemate_schemas.custody import VersionLine
 from casemate_schemas.dataset import DatasetCard
-from casemate_schemas.errors import MalformedError, ParameterError, SetupError
+from casemate_schemas.errors import MalformedError, NotFoundError, ParameterError, SetupError
 from casemate_schemas.licence import Licence
-from casemate_schemas.requests import Budget
+from casemate_schemas.licence_check import Change, check_sound
+from casemate_schemas.licence_text import describe
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from casemate._http import printable
 from casemate.client import Consortium
+from casemate.custody import Amendment
 from casemate.datasets import Array
+from casemate.identity import now_ms
 from casemate.parameters import first_problem
 
 from .common import connected
@@ -30,7 +32,7 @@ _MAX_COLUMNS_BYTES: Final = 64 << 30
 
 @click.group()
 def datasets() -> None:
-    """List datasets, or push one."""
+    """List datasets and read their licences; for stewards: push, amend, revoke and delete them."""
 
 
 @datasets.command("list")
@@ -38,6 +40,28 @@ def datasets() -> None:
 async def list_(consortium: Consortium, console: Console) -> None:
     """The datasets you may list, what they declare and what is left of their budgets."""
     console.print(str(await consortium.datasets()), markup=False, highlight=False)
+
+
+@datasets.command()
+@click.argument("dataset")
+@connected
+async def show(consortium: Consortium, console: Console, dataset: str) -> None:
+    """DATASET (name@owner): what it declares, its licence in words and as JSON."""
+    listed = await consortium.datasets()
+    found = next((item for item in listed if item.id == dataset), None)
+    if found is None:
+        raise NotFoundError(f"no dataset {printable(dataset)} that you may list")
+    lines = f"{found}\n{found.licence.model_dump_json(indent=2)}".splitlines()
+    console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
+
+
+@datasets.command()
+@click.argument("licence_file", type=click.Path(exists=True, dir_okay=False))
+def explain(licence_file: str) -> None:
+    """The licence in a JSON file as one plain paragraph, or why nobody should sign it. Nothing is sent."""
+    licence = read_licence(Path(licence_file))
+    check_sound(licence, now=now_ms())
+    click.echo(printable(describe(licence, {}), 8_000))
 
 
 @datasets.command()
@@ -54,12 +78,98 @@ async def push(consortium: Consortium, console: Console, columns: str, card_file
     )
 
 
-@click.command()
+@datasets.command()
 @click.argument("dataset")
 @connected
-async def budget(consortium: Consortium, console: Console, dataset: str) -> None:
-    """The privacy ledger of DATASET (name@owner): what is spent, what is left, and every charge. For stewards."""
-    console.print(_ledger(await consortium.budget(dataset)))
+async def history(consortium: Consortium, console: Console, dataset: str) -> None:
+    """Which version and licence of DATASET were in force since when, and what was erased. For stewards."""
+    shown = await consortium.dataset_history(dataset)
+    for title, lines in (
+        ("version", [(line.at, line.person, _version(line)) for line in shown.versions]),
+        ("licence", [(line.at, line.person, f"{line.number}, {line.licence.hex()}") for line in shown.licences]),
+    ):
+        for at, person, what in lines:
+            console.print(f"{_when(at)}  {title} {what}  by {printable(person)}", markup=False, highlight=False)
+    if shown.erased:
+        console.print(f"{shown.card.id} is erased: nobody can open it any more", highlight=False)
+
+
+@datasets.command()
+@click.argument("dataset")
+@click.option("--licence", "licence_file", required=True, type=click.Path(exists=True, dir_okay=False), help="JSON")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@connected
+async def amend(consortium: Consortium, console: Console, dataset: str, licence_file: str, yes: bool) -> None:
+    """Put another licence of DATASET in force, after showing what it changes. For stewards."""
+    licence = read_licence(Path(licence_file))
+    if licence.dataset != dataset:
+        raise ParameterError(f"{licence_file} is a licence of {licence.dataset}")
+    found = await consortium.compare_licence(licence)
+    await _put_in_force(consortium, console, found, _CHANGES[found.change], yes)
+
+
+@datasets.command()
+@click.argument("dataset")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@connected
+async def revoke(consortium: Consortium, console: Console, dataset: str, yes: bool) -> None:
+    """Allow nobody anything with DATASET from now on. For stewards. An amendment can allow it again."""
+    words = "It allows nobody anything; the owner's own stewards still see it in their list."
+    await _put_in_force(consortium, console, await consortium.revocation_of(dataset), words, yes)
+
+
+@datasets.command()
+@click.argument("dataset")
+@click.option("--old-versions", is_flag=True, help="Keep the version in force, and delete those before it.")
+@click.option("--confirm", help="The dataset's id, which would be asked for.")
+@connected
+async def delete(
+    consortium: Consortium, console: Console, dataset: str, old_versions: bool, confirm: str | None
+) -> None:
+    """Destroy the keys of DATASET, for good: no copy of its ciphertext opens any more. For stewards.
+
+    Ledger and audit log stay. Backups of the key broker that were made before still hold the keys: delete those too.
+    """
+    shown = await consortium.dataset_history(dataset)
+    what = "all versions before the one in force" if old_versions else "all versions"
+    console.print(f"{what} of {shown.card.id} will be lost for good", highlight=False)
+    typed = confirm if confirm is not None else click.prompt("Type the dataset's id to go on", default="")
+    if typed != dataset:
+        raise click.ClickException("that is not the dataset's id: nothing was changed")
+    erased = await consortium.erase(dataset, envelope=shown.envelope, keep_current=old_versions)
+    count = len(erased.envelopes)
+    console.print(f"erased for good: {count} version{'s' * (count != 1)} of {shown.card.id}", highlight=False)
+    for envelope in erased.left:
+        console.print(f"{envelope.hex()}: another steward uploaded the ciphertext, so it stays", highlight=False)
+
+
+async def _put_in_force(consortium: Consortium, console: Console, found: Amendment, words: str, yes: bool) -> None:
+    """Says what changes, asks, and signs."""
+    names = {member.id: member.name for member in consortium.manifest.members}
+    for title, licence in (("in force", found.before), ("to be in force", found.after)):
+        console.print(f"{title}: {printable(describe(licence, names), 8_000)}", markup=False, highlight=False)
+    console.print(words, highlight=False)
+    if not yes:
+        click.confirm("Sign it?", abort=True)
+    amended = await consortium.amend(found.after)
+    console.print(f"licence {found.after.number} of {amended.dataset} is in force", highlight=False)
+
+
+_CHANGES: Final[dict[Change, str]] = {
+    "same": "It allows the same.",
+    "stricter": "It is stricter: it allows nothing that was not allowed before.",
+    "looser": "It is looser: it forbids nothing that was allowed before.",
+    "changed": "It is neither stricter nor looser: read both.",
+}
+
+
+def _version(line: VersionLine) -> str:
+    state = " (erased)" if line.erased else ""
+    return f"{line.envelope.hex()}, at most {line.row_bound:,} rows{state}"
+
+
+def _when(at: int) -> str:
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def read_columns(path: Path) -> dict[str, Array]:
@@ -85,18 +195,11 @@ def read_card(path: Path) -> DatasetCard:
 
 
 def read_licence(path: Path) -> Licence:
-    """The licence in a JSON file; ``measurements`` in hexadecimal. Raises :class:`ParameterError`."""
+    """The licence in a JSON file; digests in hexadecimal, times in ISO 8601. Raises :class:`ParameterError`."""
     try:
-        values: Any = json.loads(_read_text(path))
-        measurements = values.pop("measurements", None)
-        licence = Licence.model_validate_json(json.dumps(values))
-        if measurements is None:
-            return licence
-        return Licence(**dict(licence) | {"measurements": tuple(map(bytes.fromhex, measurements))})
+        return Licence.model_validate_json(_read_text(path))
     except ValidationError as error:
         raise ParameterError(f"{path}: {first_problem(error)}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ParameterError(f"{path}: expected a licence as a JSON object, measurements in hexadecimal") from error
 
 
 def _read_text(path: Path) -> str:
@@ -105,15 +208,3 @@ def _read_text(path: Path) -> str:
             return file.read(_MAX_JSON_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"cannot read {path}") from error
-
-
-def _ledger(found: Budget) -> Table:
-    title = f"{found.dataset}: ε {found.epsilon_spent:.4g} of {found.epsilon:g} spent at δ {found.delta:g}"
-    table = Table(title=f"{title}, {found.epsilon_remaining:.4g} left")
-    for column in ("when", "job", "submitter", "ε of the job", "state"):
-        table.add_column(column)
-    for line in found.lines:
-        when = datetime.fromtimestamp(line.at / 1000, UTC).isoformat(timespec="seconds")
-        state = "committed" if line.committed is not None else "reserved"
-        table.add_row(when, line.job_id, printable(line.submitter), f"{line.epsilon:.4g}", state)
-    return table

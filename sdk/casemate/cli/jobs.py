@@ -1,14 +1,16 @@
-"""``casemate jobs submit|status|watch|cancel|list``."""
+"""``casemate jobs weigh|submit|status|watch|cancel|list``."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import click
+from casemate_privacy.owners import Choice
 from casemate_schemas.api import JobStatus
 from casemate_schemas.errors import CasemateError, SetupError
 from casemate_schemas.pipeline import Loss
@@ -33,6 +35,44 @@ _MODEL_HELP = (
 @click.group()
 def jobs() -> None:
     """Submit, watch, list and cancel jobs."""
+
+
+@jobs.command()
+@click.option("--dataset", "datasets", required=True, multiple=True, metavar="NAME@OWNER")
+@click.option("--epsilon", required=True, type=float)
+@click.option("--delta", required=True, type=float)
+@click.option("--batch-size", required=True, type=int)
+@click.option("--epochs", type=float)
+@click.option("--steps", type=int)
+@connected
+async def weigh(
+    consortium: Consortium,
+    console: Console,
+    *,
+    datasets: tuple[str, ...],
+    epsilon: float,
+    delta: float,
+    batch_size: int,
+    epochs: float | None,
+    steps: int | None,
+) -> None:
+    """What each owner's own budget is worth to a training job, against one budget for all. Spends nothing."""
+    choices = await consortium.weigh_budgets(
+        datasets, privacy=Privacy(epsilon, delta, 1.0), batch_size=batch_size, epochs=epochs, steps=steps
+    )
+    console.print(choices_table(choices))
+
+
+def choices_table(choices: Sequence[Choice]) -> Table:
+    """One row a choice; owners in the order of its names."""
+    table = Table(title="what budgets cost in signal")
+    for column in ("choice", "σ", "noise / signal", "ε and samples a step, by owner"):
+        table.add_column(column, overflow="fold")
+    for choice in choices:
+        owners = zip(choice.names, choice.plan.epsilons, choice.samples, strict=True)
+        shares = "\n".join(f"{name}: ε {epsilon:.3g}, {samples:.1f}" for name, epsilon, samples in owners)
+        table.add_row(choice.name, f"{choice.plan.noise_multiplier:.4g}", f"{choice.noise_to_signal:.3g}", shares)
+    return table
 
 
 @jobs.command()
@@ -109,6 +149,8 @@ async def status(consortium: Consortium, console: Console, job_id: str) -> int:
     job = await consortium.job(job_id)
     found = await job.status()
     console.print(_table([found]))
+    for name, words in job.awaited(found).items():
+        console.print(f"{name}: {words}", markup=False)
     for name, words in job.refusals(found).items():
         console.print(f"{name} refused: {words}", markup=False)
     return _outcome(found)

@@ -34,12 +34,25 @@ folder_option = click.option(
 @folder_option
 @click.option("--workers", type=click.IntRange(1, 16), default=2, show_default=True, help="How many workers to run.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="The gateway's port; 0 takes a free one.")
+@click.option(
+    "--worker-python",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Another Python for the workers, as their image: docs/verify-it-yourself.md.",
+)
+@click.option(
+    "--hosted",
+    multiple=True,
+    metavar="MEMBER",
+    help="Run this member's key broker in a SIMULATED enclave, on the first start. It protects nothing.",
+)
 @click.option("--detach", is_flag=True, help="Run in the background, until 'casemate down'.")
-def up(folder: Path, workers: int, port: int, detach: bool) -> None:
+def up(
+    folder: Path, workers: int, port: int, worker_python: Path | None, hosted: tuple[str, ...], detach: bool
+) -> None:
     """Start a local consortium (SIMULATED attestation) and keep it running.
 
-    The first start founds it: three hospitals (north, south, east), each with a steward (sam), and a university with a
-    scientist (clara). Later starts go on with the same keys, data and ledgers.
+    The first start founds it: three hospitals (north, south, east) and a university, each with a steward
+    and admin (sam), the university with a scientist (clara). Later starts go on with the same keys, data and ledgers.
     """
     from casemate.local_stack.founding import found
     from casemate.local_stack.layout import Layout
@@ -49,12 +62,18 @@ def up(folder: Path, workers: int, port: int, detach: bool) -> None:
     if running_supervisor(layout) is not None:
         raise SetupError(f"the stack in {folder} is running already")
     if not layout.facts_file.exists():
-        people = {f"sam@{name}": ("steward",) for name in DEFAULT_MEMBERS[:-1]} | {"clara@university": ("scientist",)}
-        found(layout.folder, members=DEFAULT_MEMBERS, people=people, workers=workers)  # type: ignore[arg-type]
+        people = {f"sam@{name}": ("steward", "admin") for name in DEFAULT_MEMBERS} | {
+            "clara@university": ("scientist",)
+        }
+        found(layout.folder, members=DEFAULT_MEMBERS, people=people, workers=workers, hosted=hosted)  # type: ignore[arg-type]
+    elif hosted and set(hosted) != set(layout.read_facts().hosted):
+        raise SetupError("which key brokers are hosted is settled when a stack is founded: start another folder")
+    if worker_python is not None and layout.read_facts().hosted:
+        raise SetupError("with --worker-python the simulated chip measures no key broker: it does not go with --hosted")
     if detach:
-        _start_in_background(layout, port)
+        _start_in_background(layout, port, worker_python)
     else:
-        asyncio.run(_run(layout, port))
+        asyncio.run(_run(layout, port, worker_python))
 
 
 @click.command()
@@ -77,10 +96,13 @@ def down(folder: Path) -> None:
     Console().print(f"The stack in {folder} has ended.")
 
 
-async def _run(layout: Layout, port: int) -> None:
+async def _run(layout: Layout, port: int, worker_python: Path | None) -> None:
     from casemate.local_stack.supervisor import LocalStack, run_until_told
 
-    async with LocalStack(layout, gateway_port=port) as stack:
+    python = (
+        None if worker_python is None else worker_python.absolute()
+    )  # a symbolic link says which environment it is of
+    async with LocalStack(layout, gateway_port=port, worker_python=python) as stack:
         show(layout)
         Console().print("Ctrl-C, or 'casemate down' elsewhere, ends it.")
         await run_until_told(stack)
@@ -96,6 +118,8 @@ def show(layout: Layout) -> None:
     table.add_row("consortium", facts.consortium)
     for person in facts.people:
         table.add_row(person, str(layout.person_keys(person)))
+    for member in facts.hosted:
+        table.add_row(f"key broker of {member}", "in an enclave (SIMULATED: it protects nothing)")
     table.add_row("logs", str(layout.logs))
     console = Console()
     console.print(table)
@@ -105,10 +129,12 @@ def show(layout: Layout) -> None:
         console.print("casemate datasets list", soft_wrap=True)
 
 
-def _start_in_background(layout: Layout, port: int) -> None:
+def _start_in_background(layout: Layout, port: int, worker_python: Path | None) -> None:
     from casemate.local_stack.supervisor import running_supervisor
 
     command = [sys.executable, "-I", "-m", "casemate", "up", "--dir", str(layout.folder), "--port", str(port)]
+    if worker_python is not None:
+        command += ["--worker-python", str(worker_python.absolute())]
     with (layout.logs / "supervisor.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=layout.folder

@@ -71,9 +71,10 @@ def _charged(outcome: Outcome, owner: str) -> float:
 def _evidence(evidence: Evidence, *, simulation: bool) -> dict[str, Any]:
     from casemate_attestation.report import AttestationReport
 
-    report = AttestationReport.parse(evidence.report)
+    component = evidence.components[0]
+    report = AttestationReport.parse(component.report)
     return {
-        "type": evidence.type,
+        "type": component.type,
         "simulation": simulation,
         "report_version": report.version,
         "measurement": report.measurement.hex(),

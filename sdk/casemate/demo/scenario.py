@@ -80,11 +80,11 @@ async def run(folder: Path, *, seed: int, workers: int, console: Console) -> Out
     """
     timings = Timings()
     hospitals, held_out = data.load(seed)
-    people: dict[str, tuple[Role, ...]] = {f"sam@{name}": ("steward",) for name in data.HOSPITALS}
+    members = (*data.HOSPITALS, "university")
+    people: dict[str, tuple[Role, ...]] = {f"sam@{name}": ("steward", "admin") for name in members}
     people[SCIENTIST] = ("scientist",)
     console.print("Three hospitals and a university found a consortium: keys, a SIMULATED chip, a manifest all sign.")
     with timings.phase("found"):  # 1
-        members = (*data.HOSPITALS, "university")
         layout = await asyncio.to_thread(found, folder, members=members, people=people, workers=workers)
     console.print(f"NATS, gateway, four key brokers and {workers} workers start, each a process of its own.")
     with timings.phase("start"):

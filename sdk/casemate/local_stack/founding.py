@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from casemate_attestation.simulated_chip import create_hierarchy, measure_worker_image
+from casemate_attestation.simulated_chip import create_hierarchy, measure_key_broker_image, measure_worker_image
 from casemate_messaging.accounts import User
 from casemate_messaging.server import create_user_key, public_user_key
 from casemate_schemas.attestation_policy import AttestationPolicy
@@ -25,22 +25,28 @@ People = Mapping[str, tuple[Role, ...]]
 """``person@member`` to roles."""
 
 
-def found(folder: Path, *, members: Sequence[str], people: People, workers: int) -> Layout:
+def found(folder: Path, *, members: Sequence[str], people: People, workers: int, hosted: Sequence[str] = ()) -> Layout:
     """Everything a stack needs, in a new folder that only this user can read. Takes seconds (two RSA-4096 keys).
 
     1. Each member makes its own keys, and its key broker's.
-    2. The simulated chip is made; the manifest names its root and the measurement of the installed worker program.
+    2. The simulated chip is made; the manifest names its root and the measurement of the installed worker program, and of
+       the key broker program, if some members' key brokers are to be ``hosted`` in enclaves.
     3. All members sign the manifest; its digest is the consortium's id.
     4. Members sign delegations for their people.
     5. Each program gets a NATS key of its own and its settings.
 
-    Raises :class:`SetupError` if the folder holds something already.
+    Raises :class:`SetupError` if the folder holds something already, or for a ``hosted`` one who is no member.
     """
+    if strangers := sorted(set(hosted) - set(members)):
+        raise SetupError(f"no member {strangers[0]}, whose key broker could be hosted; there are {', '.join(members)}")
     layout = Layout(folder)
     _new_folders(layout, members)
     keys = {member: _new_keys(layout.member_keys(member)) for member in members}  # 1
-    key_brokers = {member: _new_keys(layout.member(member) / "key-broker.key") for member in members}
-    chain = _manifest(layout, keys, key_brokers)  # 2, 3
+    key_brokers = {
+        member: KeyRing.generate() if member in hosted else _new_keys(layout.member(member) / "key-broker.key")
+        for member in members
+    }
+    chain = _manifest(layout, keys, key_brokers, hosted=bool(hosted))  # 2, 3
     consortium = chain.manifests[0].digest
     layout.manifest.write_bytes(encode(chain))
     for person, roles in people.items():  # 4
@@ -48,9 +54,9 @@ def found(folder: Path, *, members: Sequence[str], people: People, workers: int)
         ring = new_person(keys[member], consortium=consortium, member=member, person=name, roles=roles)
         save_keys(layout.person_keys(person), ring)
     names = tuple(f"worker-{number + 1}" for number in range(workers))
-    for program in ("gateway", *names):
-        layout.program(program).mkdir(mode=0o700)
-    layout.write_facts(Facts(consortium.hex(), "", tuple(members), tuple(people), names))
+    for program in (*map(layout.program, ("gateway", *names)), *(layout.key_broker(m, hosted=True) for m in hosted)):
+        program.mkdir(mode=0o700)
+    layout.write_facts(Facts(consortium.hex(), "", tuple(members), tuple(people), names, tuple(hosted)))
     for seed in _seed_files(layout).values():  # 5
         create_user_key(seed)
     return layout
@@ -76,13 +82,20 @@ def write_settings(
     """
     facts = layout.read_facts()
     programs: dict[str, tuple[Path, dict[str, object]]] = {}
-    programs["gateway"] = (layout.program("gateway"), {"host": "127.0.0.1", "port": gateway_port})
+    gateway = layout.program("gateway")
+    programs["gateway"] = (gateway, {"host": "127.0.0.1", "port": gateway_port, "state_dir": str(gateway / "state")})
     for name in facts.workers:
-        chip = {"guest": "simulated", "simulated_chip_socket": str(layout.chip_socket)}
-        programs[name] = (layout.program(name), {"name": name, "scratch_dir": str(layout.program(name)), **chip})
+        home = layout.program(name)
+        chip: dict[str, object] = {"guest": "simulated", "simulated_chip_socket": str(layout.chip_socket)}
+        own = {"name": name, "scratch_dir": str(home), "state_dir": str(home / "state")}
+        programs[name] = (home, {**own, **chip})
     for name in facts.members:
-        home = layout.member(name)
-        own = {"key_broker": name, "keys_file": str(home / "key-broker.key"), "state_dir": str(home / "key-broker")}
+        home = layout.key_broker(name, hosted=name in facts.hosted)
+        own = {"key_broker": name, "state_dir": str(home / "key-broker")}
+        if name in facts.hosted:
+            own |= {"guest": "simulated", "simulated_chip_socket": str(layout.key_broker_socket)}
+        else:
+            own["keys_file"] = str(home / "key-broker.key")
         programs[name] = (home, {**own})
     seeds = _seed_files(layout)
     common = {"nats_url": nats_url, "consortium": facts.consortium, "manifest_file": str(layout.manifest)}
@@ -109,7 +122,10 @@ def _new_keys(path: Path) -> KeyRing:
     return load_keys(path)
 
 
-def _manifest(layout: Layout, keys: Mapping[str, KeyRing], key_brokers: Mapping[str, KeyRing]) -> ManifestChain:
+def _manifest(
+    layout: Layout, keys: Mapping[str, KeyRing], key_brokers: Mapping[str, KeyRing], *, hosted: bool
+) -> ManifestChain:
+    """The first manifest. Key brokers that are to be hosted stand in it with keys that nobody has: theirs come later."""
     root = create_hierarchy(layout.chip)
     manifest = ConsortiumManifest(
         number=1,
@@ -124,7 +140,10 @@ def _manifest(layout: Layout, keys: Mapping[str, KeyRing], key_brokers: Mapping[
             for name, ring in key_brokers.items()
         ),
         attestation=AttestationPolicy(
-            simulation=True, products=(root.accepted(),), measurements=(measure_worker_image(),)
+            simulation=True,
+            products=(root.accepted(),),
+            measurements=(measure_worker_image(),),
+            key_broker_measurements=(measure_key_broker_image(),) if hosted else (),
         ),
         quorum=len(keys),
         created=now_ms(),
@@ -135,5 +154,5 @@ def _manifest(layout: Layout, keys: Mapping[str, KeyRing], key_brokers: Mapping[
 def _seed_files(layout: Layout) -> dict[str, Path]:
     facts = layout.read_facts()
     programs = {name: layout.program(name) for name in ("gateway", *facts.workers)}
-    members = {name: layout.member(name) for name in facts.members}
+    members = {name: layout.key_broker(name, hosted=name in facts.hosted) for name in facts.members}
     return {name: home / "nats.seed" for name, home in {**programs, **members}.items()}

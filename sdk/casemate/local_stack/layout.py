@@ -19,6 +19,8 @@ class Facts:
     people: tuple[str, ...]
     """``person@member``; the key file is at :meth:`Layout.person_keys`."""
     workers: tuple[str, ...]
+    hosted: tuple[str, ...] = ()
+    """Members whose key brokers run in (simulated) enclaves."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Layout:
         return Path("simulated-chip/chip.sock")
 
     @property
+    def key_broker_socket(self) -> Path:
+        """Where the simulated chip launches hosted key brokers; relative likewise."""
+        return Path("simulated-chip/kb.sock")
+
+    @property
     def logs(self) -> Path:
         """What the programs log."""
         return self.folder / "logs"
@@ -79,11 +86,15 @@ class Layout:
         """The folder of the gateway or a worker."""
         return self.folder / program
 
+    def key_broker(self, member: str, *, hosted: bool) -> Path:
+        """The folder of a member's key broker: its own, or one of the host's, where nothing is but ciphertext."""
+        return self.folder / f"hosted-{member}" if hosted else self.member(member)
+
     def read_facts(self) -> Facts:
         """The stack's facts. Raises :class:`SetupError` if there is no stack here."""
         try:
             value = json.loads(self.facts_file.read_text())
-            lists = {name: tuple(value[name]) for name in ("members", "people", "workers")}
+            lists = {name: tuple(value.get(name, ())) for name in ("members", "people", "workers", "hosted")}
             return Facts(consortium=value["consortium"], url=value["url"], **lists)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SetupError(f"no local stack in {self.folder}: start one with 'casemate up'") from error

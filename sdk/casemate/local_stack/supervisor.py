@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -19,19 +20,22 @@ from casemate_messaging.server import EmbeddedServer, bound_to_this_process
 from casemate_schemas.errors import SetupError, UnavailableError
 
 from .founding import nats_users, write_settings
+from .hosting import list_hosted
 from .layout import Facts, Layout
 
 READY_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0
 _RESTART_DELAY_S: Final = 0.5
 _MAX_LINE_BYTES: Final = 64 << 10
+_WORKER_MODULES: Final = frozenset({"casemate_worker", "casemate_attestation.simulated_chip"})
 
 
 class Program:
-    """One program: its command, its log file, its process while it runs."""
+    """One program: its Python and what that is told, its log file, its process while it runs."""
 
-    def __init__(self, name: str, command: list[str], layout: Layout) -> None:
+    def __init__(self, name: str, python: str, command: list[str], layout: Layout) -> None:
         self.name = name
+        self._python = python
         self._command = command
         self._layout = layout
         self._process: asyncio.subprocess.Process | None = None
@@ -52,7 +56,7 @@ class Program:
         """
         self._ready = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            *bound_to_this_process([sys.executable, "-I", *self._command]),
+            *bound_to_this_process([self._python, "-I", *self._command]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -109,6 +113,8 @@ class LocalStack:
 
     ``overrides`` are settings, as for :func:`write_settings`. ``commands`` has the Python arguments that start a program
     (by its name in :attr:`programs`) in place of ``-m`` and its module; what it is told follows them.
+    ``worker_python`` is another interpreter for the workers: the packages that it imports are the worker image, so it also
+    runs the simulated chip, which measures them.
     """
 
     def __init__(
@@ -118,8 +124,10 @@ class LocalStack:
         gateway_port: int = 0,
         overrides: Mapping[str, Mapping[str, object]] | None = None,
         commands: Mapping[str, Sequence[str]] | None = None,
+        worker_python: Path | None = None,
     ) -> None:
         self.layout = layout
+        self._worker_python = str(worker_python or sys.executable)
         self.programs: dict[str, Program] = {}
         self._gateway_port = gateway_port
         self._overrides = overrides or {}
@@ -156,32 +164,38 @@ class LocalStack:
         """
         1. NATS.
         2. The gateway, which sets up the streams, beside the chip and the key brokers.
-        3. The workers.
-        4. From here on whatever dies is started again.
+        3. Key brokers in enclaves, once there is a chip to launch them; at the first start members attest and list them.
+        4. The workers.
+        5. From here on whatever dies is started again.
         """
         url = await self.nats.start()  # 1
         files = write_settings(self.layout, url, gateway_port=self._gateway_port, overrides=self._overrides)
         facts = self.facts
         gateway = self._program("gateway", "casemate_gateway", "--settings", str(files["gateway"]))
         chip = ["--socket", str(self.layout.chip_socket), "--key-dir", str(self.layout.chip)]
+        if facts.hosted:
+            chip += ["--key-broker-socket", str(self.layout.key_broker_socket)]
         first = [gateway, self._program("simulated-chip", "casemate_attestation.simulated_chip", *chip)]
-        for name in facts.members:
-            settings = ["--settings", str(files[name])]
-            first.append(self._program(f"key-broker-{name}", "casemate_key_broker", *settings))
+        key_brokers = {
+            name: self._program(f"key-broker-{name}", "casemate_key_broker", "--settings", str(files[name]))
+            for name in facts.members
+        }
+        first += [program for name, program in key_brokers.items() if name not in facts.hosted]
         ready, *_ = await asyncio.gather(*(program.start() for program in first))  # 2
         port = int(str(ready["address"]).rpartition(":")[2])
         write_settings(self.layout, url, gateway_port=port, overrides=self._overrides)
+        self.layout.write_facts(replace(facts, url=f"http://127.0.0.1:{port}"))
+        await asyncio.gather(*(key_brokers[name].start() for name in facts.hosted))  # 3
+        await list_hosted(self.layout, self.facts.url)
         workers = [self._program(name, "casemate_worker", "--settings", str(files[name])) for name in facts.workers]
-        await asyncio.gather(*(program.start() for program in workers))  # 3
-        self.layout.write_facts(
-            Facts(facts.consortium, f"http://127.0.0.1:{port}", facts.members, facts.people, facts.workers)
-        )
-        self._guards = [asyncio.create_task(self._guard(program)) for program in self.programs.values()]  # 4
+        await asyncio.gather(*(program.start() for program in workers))  # 4
+        self._guards = [asyncio.create_task(self._guard(program)) for program in self.programs.values()]  # 5
         self._guards.append(asyncio.create_task(self._guard_nats()))
 
     def _program(self, name: str, module: str, *arguments: str) -> Program:
         command = [*self._commands.get(name, ("-m", module)), *arguments]
-        self.programs[name] = Program(name, command, self.layout)
+        python = self._worker_python if module in _WORKER_MODULES else sys.executable
+        self.programs[name] = Program(name, python, command, self.layout)
         return self.programs[name]
 
     async def _guard(self, program: Program) -> None:

@@ -13,6 +13,7 @@ from casemate_gateway.app import make_gateway
 from casemate_gateway.gateway import Gateway
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.manifests import TrustedManifests
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from casemate_schemas.codec import encode
@@ -54,7 +55,11 @@ async def waiting_job(house: House) -> AsyncIterator[str]:
 async def crashed(house: House, job_id: str, at: str) -> None:
     """An admission of the job that dies at the named step, and not before."""
     gateway = make_gateway(
-        house.settings, await house.client("gateway"), origin="http://nowhere", log=ProgramLog("gateway")
+        house.settings,
+        await house.client("gateway"),
+        TrustedManifests.open(house.settings),
+        origin="http://nowhere",
+        log=ProgramLog("gateway"),
     )
     owner, name = at.split(".")
     admission: Any = gateway.admission
@@ -121,7 +126,8 @@ async def test_a_passed_deadline_ends_what_nobody_may_have_committed(a_house: Ho
 
 
 def late_gateway(house: House, client: Any, now: int) -> Gateway:
-    return make_gateway(house.settings, client, origin="http://nowhere", log=ProgramLog("gateway"), clock=lambda: now)
+    manifests, log = TrustedManifests.open(house.settings), ProgramLog("gateway")
+    return make_gateway(house.settings, client, manifests, origin="http://nowhere", log=log, clock=lambda: now)
 
 
 async def test_two_gateways_admit_the_same_jobs_once(a_house: House) -> None:

@@ -56,6 +56,26 @@ async def test_what_was_uploaded_is_what_a_worker_reads(running_house: House) ->
     assert await stored(running_house, envelope) == envelope
 
 
+async def test_a_dataset_goes_at_the_wish_of_whoever_uploaded_it(running_house: House) -> None:
+    clara, north = running_house.caller("clara"), running_house.caller("north")
+    dataset, job = (running_house.envelope(clara, kind, secrets.token_bytes(1 << 20)) for kind in ("dataset", "job"))
+    paths = [f"{ENVELOPES_PATH}/{head_of(envelope).header.digest.hex()}" for envelope in (dataset, job)]
+    for envelope in (dataset, job):
+        assert (await clara.post(ENVELOPES_PATH, envelope)).status == 201
+    for caller, path in ((north, paths[0]), (clara, paths[1])):
+        reply = await caller.request("DELETE", path)
+        assert (reply.status, reply.json["reason"]) == (403, "not_allowed")
+    assert await stored(running_house, dataset) == dataset
+    assert (await clara.request("DELETE", paths[0])).status == 204
+    assert await stored(running_house, dataset) is None and await stored(running_house, job) == job
+    blobs = BlobStore(await running_house.client("gateway"))
+    with pytest.raises(NotFoundError):
+        await blobs.stat(head_of(dataset).header.ciphertext_digest)
+    for path in (paths[0], f"{ENVELOPES_PATH}/{'g' * 64}", f"{ENVELOPES_PATH}/00"):
+        assert (await clara.request("DELETE", path)).status == 404
+    assert (await clara.post(ENVELOPES_PATH, dataset)).status == 201
+
+
 async def test_a_chunked_upload(running_house: House) -> None:
     clara = running_house.caller("clara")
     envelope = running_house.envelope(clara, "job", secrets.token_bytes(1 << 20))

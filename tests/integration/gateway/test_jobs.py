@@ -112,6 +112,22 @@ async def test_a_key_broker_that_comes_late_is_asked_again(running_house: House)
     assert len(north.asked) == 1
 
 
+async def test_a_job_waits_while_a_key_broker_awaits_approvals(running_house: House) -> None:
+    """It holds no worker and is asked again; the others' yes stands meanwhile."""
+    answers = iter([("awaiting", None), ("awaiting", None), ("yes", None)])
+    other = await running_house.key_broker("clara")
+
+    async def says(_: Routing) -> Any:
+        assert await WorkQueue(await running_house.client("worker-1")).pull(0.05) is None
+        return next(answers)
+
+    north = await running_house.key_broker("north", says)
+    clara = running_house.caller("clara")
+    submission, _ = await running_house.submitted(clara)
+    await until(clara, job_path(submission), "queued")
+    assert (len(north.asked), len(other.asked)) == (3, 1)
+
+
 @pytest.mark.parametrize("lie", ["signer", "terms", "job", "broker", "consortium", "reasonless", "noise"])
 async def test_an_answer_that_is_not_the_key_brokers_about_this_job(running_house: House, lie: str) -> None:
     await running_house.key_broker("clara")

@@ -16,7 +16,7 @@ from casemate_schemas.api import JOBS_PATH, MEDIA_TYPE
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ManifestChain, verify_chain
 from casemate_schemas.envelope import SealedKey, open_head, split_envelope
-from casemate_schemas.evidence import Evidence, KeyBrokerNonce, WorkerClaims
+from casemate_schemas.evidence import Evidence, KeyBrokerNonce, SevSnp, WorkerClaims
 from casemate_schemas.job_state import advance
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.result import Release
@@ -71,13 +71,14 @@ def release_of(house: House, submission: Submission, worker: KeyRing, result: by
         signing_key=worker.signing.public,
         nonces=(KeyBrokerNonce(key_broker="clara", nonce=b"n" * 32),),
     )
+    component = SevSnp(report=bytes(1184), certificates=(b"a", b"b", b"c"))
     noise = sign(claims, worker.signing)
     return Release(
         consortium=routing.consortium,
         job_id=routing.job_id,
         terms=routing.terms,
         result=result,
-        evidence=Evidence(claims=claims, report=bytes(1184), certificates=(b"a", b"b", b"c")),
+        evidence=Evidence(claims=claims, components=(component,)),
         grants=(noise,),
         receipts=(noise,),
         sealed_keys=(SealedKey(method="hpke", recipient=b"r" * 32, ciphertext=b"c" * 64),),

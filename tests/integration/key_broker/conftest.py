@@ -1,3 +1,4 @@
 from support.nats import nats_stack
+from support.north import north
 
-__all__ = ["nats_stack"]
+__all__ = ["nats_stack", "north"]

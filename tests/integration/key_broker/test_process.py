@@ -14,6 +14,7 @@ from casemate_messaging.rpc import call
 from casemate_schemas import subjects
 from casemate_schemas.admission import PrecheckAnswer
 from casemate_schemas.codec import decode, encode
+from casemate_schemas.custody import PrepareDataset
 from casemate_schemas.errors import CasemateError, CommitConflictError, NonceError, SetupError, UnavailableError
 from casemate_schemas.grant import CommitReceipt, Grant, NonceReply, NonceRequest
 from casemate_schemas.licence import MemberIs, Permission
@@ -45,6 +46,13 @@ class Road:
                 return await self.ask(op, payload)
             except UnavailableError:
                 await asyncio.sleep(0.05)
+
+    async def sealed(self) -> bytes:
+        """Signed head of a dataset envelope, sealed to the key that the key broker prepares for it."""
+        steward = self.bench.stewards["north"]
+        request = self.bench.request("north", steward, PrepareDataset(owner="north"))
+        prepared = self.bench.answer("north", steward, await self.ask("message", request))
+        return self.bench.seal_dataset(to=prepared.sealing_key)
 
     async def register(self, dataset: Dataset) -> None:
         steward = self.bench.stewards["north"]
@@ -97,14 +105,14 @@ async def _accepted(road: Road, dataset: Dataset) -> Job:
     return job
 
 
-def _open_to_north(road: Road) -> Dataset:
+async def _open_to_north(road: Road) -> Dataset:
     train = Permission(action="train", rule=MemberIs(principal="submitter", member="north"))
     read = Permission(action="read_result", rule=MemberIs(principal="recipient", member="clara"))
-    return road.bench.dataset("north", permissions=(train, read))
+    return road.bench.dataset("north", head=await road.sealed(), permissions=(train, read))
 
 
 async def test_ready_then_served_then_stopped_by_sigterm(road: Road) -> None:
-    dataset = _open_to_north(road)
+    dataset = await _open_to_north(road)
     await road.register(dataset)
     job = await _accepted(road, dataset)
     worker = Worker(job)
@@ -140,10 +148,10 @@ async def _kill_at_write(road: Road, request: asyncio.Task[bytes], nth: int) -> 
 
 
 async def test_killed_at_its_writes_it_charges_each_job_once_and_keeps_one_commit(road: Road) -> None:
-    dataset = _open_to_north(road)
+    dataset = await _open_to_north(road)
     await road.register(dataset)
-    writes = (1, 2)
-    """A Grant's: the nonce used up, then the reservation with its audit entry."""
+    writes = (1, 2, 3)
+    """A Grant's: the nonce used up, the verdict on the worker, then the reservation with its audit entry."""
     workers = [Worker(await _accepted(road, dataset)) for _ in writes]
     for worker, nth in zip(workers, writes, strict=True):
         request = asyncio.create_task(road.ask("grant", await road.grant_request(worker)))
@@ -158,12 +166,12 @@ async def test_killed_at_its_writes_it_charges_each_job_once_and_keeps_one_commi
     lines = (await road.budget(dataset)).lines
     assert [(line.terms, line.committed) for line in lines] == [
         (workers[0].job.digest, result),
-        (workers[1].job.digest, None),
+        *((worker.job.digest, None) for worker in workers[1:]),
     ]
 
 
 async def test_a_broken_ledger_is_not_served(road: Road) -> None:
-    dataset = _open_to_north(road)
+    dataset = await _open_to_north(road)
     await road.register(dataset)
     await road.grant(Worker(await _accepted(road, dataset)))
     await road.process.stop()

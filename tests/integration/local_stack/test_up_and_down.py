@@ -41,9 +41,9 @@ def processes_of(folder: Path) -> dict[int, str]:
 def test_it_comes_up_answers_comes_back_and_goes_down_without_a_trace(tmp_path: Path) -> None:
     folder = tmp_path / "stack"
     folder.mkdir()
-    first = casemate(folder, "up", "--detach", "--workers", "1")
+    first = casemate(folder, "up", "--detach", "--workers", "1", "--hosted", "east")
     assert first.returncode == 0, first.stderr
-    assert "SIMULATED" in first.stdout
+    assert "SIMULATED" in first.stdout and "in an enclave (SIMULATED: it protects nothing)" in first.stdout
     facts = json.loads((folder / ".casemate" / "stack.json").read_text())
     clara = str(folder / ".casemate" / "members" / "university" / "clara.key")
     connection = {"CASEMATE_URL": facts["url"], "CASEMATE_IDENTITY": clara}
@@ -63,7 +63,11 @@ def test_it_comes_up_answers_comes_back_and_goes_down_without_a_trace(tmp_path: 
 
     second = casemate(folder, "up", "--detach")
     assert second.returncode == 0, second.stderr
-    assert json.loads((folder / ".casemate" / "stack.json").read_text())["consortium"] == facts["consortium"]
+    again_facts = json.loads((folder / ".casemate" / "stack.json").read_text())
+    assert again_facts["consortium"] == facts["consortium"]
+    attested = casemate(folder, "key-broker", "attest", "east", **connection | {"CASEMATE_URL": again_facts["url"]})
+    assert attested.returncode == 0, attested.stderr
+    assert "the manifest lists the keys that it holds" in attested.stdout, "the same keys, out of the sealed state"
     assert casemate(folder, "down").returncode == 0
     assert processes_of(folder) == {}
 

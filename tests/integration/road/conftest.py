@@ -16,13 +16,13 @@ QUICK = {"retry_delay_s": 0.2, "rpc_timeout_s": 10.0}
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def road(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Road]:
-    """One running consortium for all tests of this folder that do not harm it."""
+    """One running consortium for all tests of this folder that do not harm it. East's key broker is hosted."""
     overrides = {
         "gateway": {"precheck_retry_s": 0.2, "key_broker_timeout_s": 3.0},
         "worker-1": QUICK,
         "worker-2": QUICK,
     }
-    async with running_road(tmp_path_factory.mktemp("road") / "stack", overrides=overrides) as found:
+    async with running_road(tmp_path_factory.mktemp("road") / "stack", overrides=overrides, hosted=("east",)) as found:
         yield found
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class Machine:
 @contextlib.asynccontextmanager
 async def served(machine: Any, socket: Path) -> AsyncIterator[None]:
     """The machine's chip behind a socket, as the simulated chip's own program serves it."""
-    async with await asyncio.start_unix_server(ChipServer(machine, bytes(32))._launch, socket):
+    launch = partial(ChipServer(machine, bytes(32))._launch, measure_worker_image)
+    async with await asyncio.start_unix_server(launch, socket):
         yield
 
 
@@ -69,11 +71,10 @@ def refusals(road: Road, worker: str) -> list[str]:
 async def strangers(tmp_path: Path) -> AsyncIterator[tuple[Road, SimulatedChip]]:
     """A consortium with three workers, each at a chip of its own, and the stranger's chip; none serves yet."""
     stranger = await asyncio.to_thread(lambda: SimulatedAuthority(SimulatedKeys.generate()).issue_chip())
-    patient = {"max_outstanding_nonces": 1024}
     overrides: dict[str, dict[str, object]] = {
         f"worker-{number}": {"simulated_chip_socket": str(tmp_path / f"{number}"), "retry_delay_s": 0.1}
         for number in (1, 2, 3)
-    } | {"north": patient, "university": patient}
+    }
     members = ("north", "university")
     async with running_road(tmp_path / "stack", members=members, workers=3, overrides=overrides) as road:
         yield road, stranger

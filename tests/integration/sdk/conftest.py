@@ -7,11 +7,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from casemate.identity import Identity
-from casemate_attestation.guest import Attested
 from casemate_gateway.app import running
 from casemate_gateway.settings import Settings as GatewaySettings
 from casemate_key_broker.__main__ import Handlers
@@ -19,6 +19,7 @@ from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import serve
 from casemate_schemas import subjects
 from casemate_schemas.codec import encode
+from casemate_schemas.evidence import SevSnp
 from casemate_schemas.keyring import KeyRing
 from casemate_worker.settings import Settings as WorkerSettings
 from casemate_worker.worker import Worker
@@ -43,8 +44,12 @@ class Road:
 class Guest:
     """The simulated chip, reached without a socket."""
 
-    def attest(self, report_data: bytes) -> Attested:
+    def attest(self, report_data: bytes) -> SevSnp:
         return chip().launch(MEASUREMENT).attest(report_data)
+
+
+async def _no_news() -> bool:
+    return False
 
 
 class _Now:
@@ -64,7 +69,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
     async with AsyncExitStack() as exits:
         exits.callback(bench.close)
         for name in MEMBERS:
-            handlers = Handlers(bench.broker(name), ProgramLog("key-broker"), asyncio.Event())
+            handlers = Handlers(partial(bench.broker, name), _no_news, ProgramLog("key-broker"), asyncio.Event())
             client = await nats_stack.connect(name)
             await exits.enter_async_context(await serve(client, subjects.key_broker(name), handlers.by_op))
         gateway = GatewaySettings(
@@ -87,7 +92,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
             scratch_dir=scratch,
         )
         client = await nats_stack.connect("worker-1")
-        worker = Worker(settings, client, bench.consortium, Guest(), clock=_Now(), log=ProgramLog("worker"))
+        worker = Worker(settings, client, lambda: bench.consortium, Guest(), clock=_Now(), log=ProgramLog("worker"))
         running_worker = asyncio.create_task(worker.run(stop))
         try:
             yield Road(bench, url)

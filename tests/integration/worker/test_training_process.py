@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from casemate_models.building import read_weights
 from casemate_models.pipeline import write_columns
 from casemate_models.tensors import write_tensors
@@ -219,6 +220,49 @@ async def test_whatever_is_wrong_with_data_is_one_and_the_same_reason(data: byte
         with pytest.raises(TrainingError) as caught:
             [report async for report in process.train(SEED, None)]
     assert str(caught.value) == "training failed"
+
+
+class Trap(nn.Module):
+    """Overflows, in value and gradient, for a record with a feature at the upper end of its bounds, and for no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trap = x * 2.0
+        for _ in range(7):
+            trap = trap * trap
+        return self.linear(x + trap * 0.0)  # type: ignore[no-any-return]
+
+
+async def test_a_model_that_breaks_on_a_chosen_value_learns_nothing_by_it() -> None:
+    """The steps, the checkpoints and the end are those of a run without that record; an infinite or missing value is clamped."""
+    model, weights = trace(Trap(), (2,))
+    spec = job(sigma=0.5)[0].model_copy(update={"model": model})
+
+    async def told(value: float) -> tuple[list[object], dict[str, np.ndarray]]:
+        rng = np.random.default_rng(5)
+        columns = {name: rng.uniform(-0.5, 0.5, ROWS) for name in ("a", "b")}
+        columns["outcome"] = (columns["a"] > 0).astype(np.float64)
+        columns["a"][:20] = value
+        async with await TrainingProcess.start(1) as process:
+            await process.prepare(spec, weights)
+            for owner in ("east", "north"):
+                data = {"card": encode(card(owner)), "columns": write_columns(columns, card(owner))}
+                await process.feed(in_pieces(pack_sections(data)))
+            reports = [report async for report in process.train(SEED, None)]
+        (trained,) = [report for report in reports if isinstance(report, Trained)]
+        shown = [(type(report), report.step if isinstance(report, StepDone) else None) for report in reports]
+        return shown, {name: tensor.numpy() for name, tensor in read_weights(model, trained.weights).items()}
+
+    harmless, weights_without = await told(0.25)
+    for value in (1.0, np.inf, np.nan):
+        steps, found = await told(value)
+        assert steps == harmless and len(steps) > spec.plan.training.steps
+        assert all(np.isfinite(array).all() for array in found.values())
+    caught = (await told(1.0))[1]
+    assert any(not np.array_equal(caught[name], weights_without[name]) for name in caught)
 
 
 async def test_a_killed_child_is_a_failed_training_and_leaves_nothing() -> None:

@@ -62,6 +62,8 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("platform", {}, {"platform": PlatformRules(rapl_dis=True)}),
     ("platform", {}, {"platform": PlatformRules(ciphertext_hiding=True)}),
     ("platform", {"platform_info": 0xA5}, {"platform": PlatformRules(tio=False)}),
+    ("platform", {"platform_info": 0xA5}, {"platform": PlatformRules(iommu_write_safe=True)}),
+    ("platform", {"platform_info": 0x65}, {"platform": PlatformRules(iommu_write_safe=False)}),
     ("report_version", {}, {"min_report_version": 4}),
     ("launch_mitigations", {}, {"launch_mitigations": 1}),
     ("current_mitigations", {}, {"current_mitigations": 4}),
@@ -161,6 +163,16 @@ def test_crl_required(milan: Bench) -> None:
     policy = milan.policy(crl_required=True)
     assert milan.judge(policy=policy).failed == ("crl",)
     assert milan.judge(policy=policy, crl=milan.authority.issue_crl()).ok
+
+
+def test_crl_age(milan: Bench) -> None:
+    """The simulated authority's lists are two days old. A bound on the age demands that there is a list."""
+    crl, day_s = milan.authority.issue_crl(), 86_400
+    assert milan.judge(policy=milan.policy(max_crl_age_s=2 * day_s + 600), crl=crl).ok
+    assert milan.judge(policy=milan.policy(max_crl_age_s=2 * day_s - 600), crl=crl).failed == ("crl_age",)
+    assert milan.judge(policy=milan.policy(max_crl_age_s=9 * day_s)).failed == ("crl",)
+    claims = replace(genuine(milan), crl_age_s=day_s)
+    assert appraise(claims, milan.policy(max_crl_age_s=day_s), REPORT_DATA).ok
 
 
 def test_allowed_values_are_accepted(milan: Bench) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from casemate.cli.attestation import attestation
+from casemate_attestation.report import SIGNED_BYTES
 from click.testing import CliRunner, Result
 
 from .conftest import MEASUREMENT, REPORT_DATA, Bench
@@ -136,3 +139,31 @@ def test_manifest(evidence: Path, milan: Bench) -> None:
     result = run("--manifest", manifest)
     assert result.exit_code == 1
     assert result.stdout.splitlines() == ["✗ expired: rejected validity", "✓ fresh: accepted"]
+
+
+def test_a_manifest_without_assert_statements(evidence: Path, milan: Bench) -> None:
+    """``python -O`` drops them: genuine evidence is accepted still, and everything else refused by its check."""
+    now = milan.now.isoformat()
+    files = {
+        "signature": milan.body() + milan.report(vmpl=1)[SIGNED_BYTES:],
+        "reserved": milan.patched(0x4C, 1),
+        "vmpl": milan.report(vmpl=1),
+        "chip_id": milan.report(chip_id=bytes(64)),
+        "format": milan.report() + b"\0",
+    }
+    for name, report in files.items():
+        (evidence / f"{name}.bin").write_bytes(report)
+    (evidence / "revoked.der").write_bytes(milan.authority.issue_crl([0x10001]))
+    cases = [case(name, "fail", now=now, report=f"{name}.bin", policy={"vmpl": [0]}) for name in files]
+    cases += [case("validity", "fail"), case("revocation", "fail", now=now, crl="revoked.der")]
+    cases += [case("measurement", "fail", now=now, policy={"measurements": ["00" * 48]})]
+    manifest = evidence / "manifest.json"
+    manifest.write_text(json.dumps([case("genuine", "pass", now=now), *cases]))
+    program = "assert False; from casemate.cli.attestation import attestation; attestation()"
+    command = [sys.executable, "-O", "-c", program, "verify", "--manifest", str(manifest), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    verdicts = [json.loads(line) for line in result.stdout.splitlines()]
+    assert verdicts[0] == {"id": "genuine", "verdict": "accepted", "failed": []}
+    assert [verdict["failed"] for verdict in verdicts[1:]] == [[verdict["id"]] for verdict in verdicts[1:]]
+    assert len(verdicts) == 9

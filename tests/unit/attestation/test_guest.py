@@ -70,6 +70,25 @@ def test_configfs_evidence_is_accepted(milan: Bench, configfs: Callable[[dict[st
     assert list(folder.iterdir()) == []
 
 
+def test_a_source_of_certificates_goes_before_the_hosts(
+    milan: Bench, configfs: Callable[[dict[str, bytes]], Path]
+) -> None:
+    asked: list[bytes] = []
+
+    def source(report: bytes) -> tuple[bytes, bytes, bytes]:
+        asked.append(report)
+        return milan.chip.certificates
+
+    files = entry(milan) | {"auxblob": b""}
+    attested = ConfigfsGuest(configfs(files), source).attest(REPORT_DATA)
+    assert (asked, attested.certificates) == ([files["outblob"]], milan.chip.certificates)
+
+
+def test_a_source_that_gives_no_certificates(milan: Bench, configfs: Callable[[dict[str, bytes]], Path]) -> None:
+    with pytest.raises(MalformedError):
+        ConfigfsGuest(configfs(entry(milan)), lambda _: (b"", b"", b"")).attest(REPORT_DATA)
+
+
 def test_configfs_gets_the_report_data(
     milan: Bench, configfs: Callable[[dict[str, bytes]], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_safe_defaults(milan: Bench) -> None:
         '{"guest_policy": {"debgu": true}}',
         '{"platform": {"smt": "true"}}',
         '{"mit_launch": -1}',
+        '{"max_crl_age_s": 0}',
         '{"mit_launch": 18446744073709551616}',
         '{"provisional": "no"}',
         '{"csp_ids": ["\\u001b"]}',
@@ -110,6 +111,8 @@ def test_a_policy_file_means_what_it_says(milan: Bench, tmp_path: Path) -> None:
         "mit_launch": 5,
         "chip_ids": ["01" * 8],
         "min_version": 4,
+        "max_crl_age_s": 86400,
+        "platform": {"iommu_write_safe": True},
         "guest_policy": {"min_abi": [1, 51]},
     }
     file = PolicyFile.parse(json.dumps(text))
@@ -121,6 +124,7 @@ def test_a_policy_file_means_what_it_says(milan: Bench, tmp_path: Path) -> None:
     assert (policy.products[0].min_tcb.bl, policy.products[0].min_tcb.fmc) == (9, 2)
     assert (policy.launch_mitigations, policy.min_report_version) == (5, 4)
     assert policy.guest_policy.min_abi == (1, 51)
+    assert (policy.max_crl_age_s, policy.platform.iommu_write_safe) == (86400, True)
     assert policy.guest_policy.smt and not policy.guest_policy.debug
     assert not file.is_empty
     assert PolicyFile.parse("{}").is_empty

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 from casemate_attestation.certificates import parse_certificate, vek_profile
+from casemate_attestation.chain import ChainCache
 from casemate_attestation.policy_file import PolicyFile, TrustedRoots, inspect_report
+from casemate_attestation.verify import verify
 from casemate_schemas.attestation_policy import AMD_ARK_SHA256
 
 VECTORS = Path(__file__).parents[2] / "vectors" / "snp"
@@ -67,7 +69,8 @@ def roots_in(folder: Path) -> TrustedRoots:
 
 
 @pytest.mark.parametrize("case", labelled_cases())
-def test_labelled_case(case: dict[str, Any], record_property: Any) -> None:
+def test_labelled_case(case: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """``pytest -rP`` shows the first failing check of every case beside the manifest's advice."""
     verdict = inspect_report(
         (LABELLED / case["report"]).read_bytes(),
         (LABELLED / case["vek"]).read_bytes(),
@@ -77,11 +80,30 @@ def test_labelled_case(case: dict[str, Any], record_property: Any) -> None:
         (LABELLED / case["crl"]).read_bytes() if "crl" in case else None,
     )
     first = next(iter(verdict.failed), None)
-    record_property("first_failing_check", first)
-    record_property("advice", case["expect_error"])
-    assert verdict.ok == (case["expect"] == "pass"), f"advice {case['expect_error']}\n{verdict}"
+    shown = f"{first} (advice {case['expect_error']})"
+    request.node.add_report_section("call", "first failing check", shown)
+    assert verdict.ok == (case["expect"] == "pass"), f"{shown}\n{verdict}"
     if first is not None:
-        assert first in ADVICE[case["expect_error"]], f"advice {case['expect_error']}, first failing check {first}"
+        assert first in ADVICE[case["expect_error"]], shown
+
+
+@pytest.mark.skipif(not LABELLED.exists(), reason="the labelled reports are not beside this checkout")
+def test_remembered_chains_change_no_verdict() -> None:
+    """Every labelled case twice, beside all chains that were good in any of them."""
+    chains = ChainCache()
+    remembered = []
+    for case in json.loads((LABELLED / "manifest.json").read_text()) * 2:
+        roots = roots_in(LABELLED / case["roots"])
+        arguments = (
+            (LABELLED / case["report"]).read_bytes(),
+            roots.certificates_for((LABELLED / case["vek"]).read_bytes()),
+            PolicyFile.parse(json.dumps(case["policy"])).under(roots),
+            datetime.fromisoformat(case["now"]),
+            (LABELLED / case["crl"]).read_bytes() if "crl" in case else None,
+        )
+        remembered.append(chains.find(arguments[1]) is not None)
+        assert verify(*arguments, chains) == verify(*arguments), case["id"]
+    assert sum(remembered) > 406  # nearly all of the second round, and some of the first
 
 
 @pytest.mark.skipif(not LABELLED.exists(), reason="the labelled reports are not beside this checkout")

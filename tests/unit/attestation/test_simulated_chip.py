@@ -24,6 +24,7 @@ from casemate_attestation.simulated_chip import (
     SimulatedRoot,
     create_hierarchy,
     load_root,
+    measure_key_broker_image,
     measure_packages,
     measure_worker_image,
 )
@@ -60,8 +61,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = create_hierarchy(folder / "keys")
     socket_path = folder / "run" / "chip.sock"
     command = [sys.executable, "-m", "casemate_attestation.simulated_chip", "--socket", str(socket_path)]
+    command += ["--key-broker-socket", str(socket_path.with_name("key-broker.sock"))]
     process = subprocess.Popen([*command, "--key-dir", str(folder / "keys"), "--host-data", HOST_DATA.hex()])
-    wait_until_listening(process, socket_path)
+    wait_until_listening(process, socket_path.with_name("key-broker.sock"))
     yield Running(process, socket_path, folder / "keys", root)
     process.terminate()
     assert process.wait(timeout=20) == 0
@@ -93,6 +95,17 @@ def test_evidence_over_the_socket_is_accepted(running: Running, guest: Simulated
         assert verdict.ok, verdict
         wrong = verify_and_appraise(attested.report, attested.certificates, policy, os.urandom(64), milan.now)
         assert wrong.failed == ("report_data",)
+
+
+def test_each_socket_launches_its_own_image_with_its_own_keys(running: Running, guest: SimulatedGuest) -> None:
+    key_broker = SimulatedGuest(running.socket_path.with_name("key-broker.sock"))
+    images = [AttestationReport.parse(driver.attest(bytes(64)).report).measurement for driver in (guest, key_broker)]
+    assert images == [measure_worker_image(), measure_key_broker_image()] and len(set(images)) == 2
+    key = key_broker.derive_key(b"state")
+    key_broker.close()
+    assert key == key_broker.derive_key(b"state"), "the same at the next launch"
+    assert key not in (guest.derive_key(b"state"), key_broker.derive_key(b"else"))
+    key_broker.close()
 
 
 def test_a_connection_is_one_launch(running: Running, guest: SimulatedGuest) -> None:

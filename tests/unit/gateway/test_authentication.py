@@ -53,7 +53,7 @@ def nonces() -> Nonces:
 
 @pytest.fixture
 def authenticator(keys: ConsortiumKeys, nonces: Nonces) -> Authenticator:
-    return Authenticator(keys.consortium, nonces, origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
+    return Authenticator(lambda: keys.consortium, nonces, origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
 
 
 def received(request: SignedRequest) -> web.Request:
@@ -273,7 +273,7 @@ async def test_an_absolute_request_target(authenticator: Authenticator, clara: P
 )
 def test_no_header_leads_outside_the_error_tree(signature_input: str, signature: str, digest: str) -> None:
     keys = consortium_for_tests()
-    authenticator = Authenticator(keys.consortium, Nonces(), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
+    authenticator = Authenticator(lambda: keys.consortium, Nonces(), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
     request = by(_CLARA)
     request.headers |= {"Signature-Input": signature_input, "Signature": signature, "Content-Digest": digest}
     with pytest.raises(CasemateError):

@@ -50,7 +50,7 @@ def record(signed: PersonKeys = CLARA, header: Routing | None = None, **changes:
 
 
 def opened(found: JobRecord) -> Job:
-    return RecordReader(KEYS.consortium).open(found)
+    return RecordReader(lambda: (KEYS.consortium,)).open(found)
 
 
 def person(keys: PersonKeys) -> Person:

@@ -40,7 +40,9 @@ def test_every_entry_is_proven_and_no_other(database: Database) -> None:
     "change",
     [
         "UPDATE audit SET entry = (SELECT entry FROM audit WHERE number = 0) WHERE number = 3",
-        "UPDATE audit SET leaf = (SELECT leaf FROM audit WHERE number = 0) WHERE number = 3",
+        "UPDATE audit SET head = (SELECT head FROM audit WHERE number = 0) WHERE number = 3",
+        "UPDATE audit_tree SET hash = (SELECT hash FROM audit_tree WHERE position = 0) WHERE level = 1 AND position = 1",
+        "DELETE FROM audit_tree WHERE level = 2",
         "DELETE FROM audit WHERE number = 6",
         "DELETE FROM audit WHERE number = 2",
         "DELETE FROM audit",

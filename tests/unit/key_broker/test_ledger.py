@@ -44,7 +44,15 @@ def charge(lineage: bytes = LINEAGES[0], steps: int = 10, noise_multiplier: floa
 
 def reserve(tx: Transaction, terms: bytes, *charges: Charge) -> ledger.Reservation:
     return ledger.reserve(
-        tx, job_id=terms[:16].hex(), terms=terms, submitter="clara@clara", epoch=1, charges=charges, now=1
+        tx,
+        job_id=terms[:16].hex(),
+        terms=terms,
+        submitter="clara@clara",
+        purpose="research",
+        deadline=10,
+        epoch=1,
+        charges=charges,
+        now=1,
     )
 
 

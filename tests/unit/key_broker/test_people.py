@@ -13,7 +13,7 @@ from casemate_schemas.codec import digest_of
 from casemate_schemas.dataset import Column
 from casemate_schemas.errors import AuthenticationError, CasemateError, SealError, SignatureError
 from casemate_schemas.identity import Delegation
-from casemate_schemas.licence import Permission, RoleIs
+from casemate_schemas.licence import ForPurpose, Permission, RoleIs
 from casemate_schemas.requests import (
     MAX_REQUEST_AGE_MS,
     Budget,
@@ -79,13 +79,23 @@ BAD_REGISTRATIONS: dict[str, tuple[Change, str]] = {
         lambda b, d: b.registration(replace(d, licence=b.licence(d.card.id, expires=b.clock()))),
         "invalid_parameter",
     ),
+    "licence that allows more than it seems to": (
+        lambda b, d: b.registration(
+            replace(d, licence=b.licence(d.card.id, permissions=b.permissions(train=ForPurpose(purpose="research"))))
+        ),
+        "invalid_parameter",
+    ),
     "licence signed by another": (_signed_by_another, "not_authenticated"),
     "envelope of another sender": (
         lambda b, d: b.registration(d, head=b.seal_dataset(by=b.stewards["south"])),
         "seal_does_not_open",
     ),
     "envelope for another key broker": (
-        lambda b, d: b.registration(d, head=b.seal_dataset(to="south")),
+        lambda b, d: b.registration(d, head=b.seal_dataset(to=b.prepared("south"))),
+        "seal_does_not_open",
+    ),
+    "envelope for the key broker's own key": (
+        lambda b, d: b.registration(d, head=b.seal_dataset(to=b.key_brokers["north"].sealing.public)),
         "seal_does_not_open",
     ),
     "envelope that is none": (lambda b, d: b.registration(d, head=b"\x93\x00\x00\x00"), "malformed"),

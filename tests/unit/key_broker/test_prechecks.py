@@ -17,16 +17,19 @@ from casemate_schemas.errors import (
     AuthenticationError,
     MalformedError,
     ManifestError,
+    NotFoundError,
     SignatureError,
     UnavailableError,
 )
 from casemate_schemas.job import Rational
-from casemate_schemas.licence import Before, MemberIs, RoleIs
+from casemate_schemas.licence import AllOf, Approvals, Before, MemberIs, RoleIs, WithModel
 from casemate_schemas.pipeline import PipelineSpec
 from casemate_schemas.signatures import Signed, sign
-from support.key_brokers import DAY_MS, Bench, Dataset, Job
+from support.key_brokers import DAY_MS, PURPOSE, Bench, Dataset, Job
 
 Make = Callable[[Bench, Dataset], Job]
+
+BY_CLARA = MemberIs(principal="submitter", member="clara")
 
 
 def _with_training(**training: Any) -> Make:
@@ -125,11 +128,10 @@ def test_refused_with_the_reason_in_words_for_the_submitter(bench: Bench, case: 
     ("rules", "expires_in_ms"),
     [
         ({"train": None}, DAY_MS),
-        ({"read_result": None}, DAY_MS),
+        ({"train": None, "read_result": None}, DAY_MS),
         ({"train": MemberIs(principal="submitter", member="south")}, DAY_MS),
         ({"train": RoleIs(principal="submitter", role="admin")}, DAY_MS),
         ({"read_result": MemberIs(principal="recipient", member="south")}, DAY_MS),
-        ({"train": Before(time=1)}, DAY_MS),
         ({}, 1),
     ],
 )
@@ -138,6 +140,59 @@ def test_a_licence_forbids(bench: Bench, rules: dict[str, Any], expires_in_ms: i
     dataset = bench.register(permissions=bench.permissions(**rules), expires=expires)
     bench.clock.advance(1)
     assert bench.precheck("north", bench.job(dataset.use())).reason == "licence_forbids"
+
+
+def test_a_rule_whose_time_has_passed(bench: Bench) -> None:
+    early = AllOf(rules=(BY_CLARA, Before(time=bench.clock() + 1000)))
+    dataset = bench.register(permissions=bench.permissions(train=early))
+    assert bench.precheck("north", bench.job(dataset.use())).decision == "yes"
+    bench.clock.advance(1)
+    assert bench.precheck("north", bench.job(dataset.use())).reason == "licence_forbids"
+
+
+def test_a_licence_for_certain_purposes(bench: Bench) -> None:
+    permissions = bench.permissions(train=BY_CLARA)
+    other = bench.register(name="other", purposes=("marketing",), permissions=permissions)
+    own = bench.register(name="own", purposes=(PURPOSE,), permissions=permissions)
+    answer = bench.precheck("north", bench.job(other.use()))
+    assert answer.reason == "licence_forbids" and "for marketing only" in bench.detail("north", answer).message
+    assert bench.precheck("north", bench.job(own.use())).decision == "yes"
+
+
+def test_a_licence_for_one_model(bench: Bench) -> None:
+    only = AllOf(rules=(BY_CLARA, WithModel(model=b"m" * 32)))
+    use = bench.register(permissions=bench.permissions(train=only)).use()
+    for model, decision in ((b"m" * 32, "yes"), (b"x" * 32, "refused"), (None, "refused")):
+        assert bench.precheck("north", bench.job(plan=bench.plan(use, model=model))).decision == decision
+
+
+def test_missing_approvals_are_no_answer_yet(bench: Bench) -> None:
+    """Nothing is kept or given out: the same submission is judged anew, and may be refused once it is asked again."""
+    by = RoleIs(principal="approver", role="steward")
+    plain = bench.permissions()
+    asking = tuple(
+        item.model_copy(update={"approvals": Approvals(count=2, by=by, valid_s=3600)})
+        if item.action == "train"
+        else item
+        for item in plain
+    )
+    dataset = bench.register(permissions=asking)
+    job = bench.job(dataset.use())
+    for _ in range(2):
+        answer = bench.precheck("north", job)
+        assert (answer.decision, answer.reason, answer.terms) == ("awaiting", None, job.digest)
+        assert bench.detail("north", answer).message == "approvals are missing: cardio@north has 0 of 2 to train"
+    with pytest.raises(NotFoundError):
+        bench.nonce("north", job)
+    with bench.database("north").transaction() as tx:
+        assert tx.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+    assert bench.precheck("north", bench.job(plan=bench.plan(dataset.use(), training={"steps": 2000}))).reason == (
+        "budget_exceeded"
+    )
+    amended = replace(dataset, licence=bench.licence("cardio@north", number=2, permissions=plain))
+    bench.ask("north", bench.stewards["north"], bench.registration(amended))
+    assert bench.precheck("north", job).reason == "licence_forbids"
+    assert bench.precheck("north", bench.job(amended.use())).decision == "yes"
 
 
 def test_the_accepted_variants_of_what_is_refused_above(bench: Bench) -> None:

@@ -9,17 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from casemate_key_broker import audit_log
 from casemate_key_broker.__main__ import Handlers, open_key_broker
-from casemate_key_broker.database import Database
+from casemate_key_broker.database import Database, get_meta
 from casemate_key_broker.party import pin_consortium
 from casemate_key_broker.seed_shares import SeedSecrets
 from casemate_key_broker.settings import Settings
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.settings import read_file
+from casemate_schemas.admission import PrecheckAnswer
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, sign_manifest
-from casemate_schemas.errors import IntegrityError, MalformedError, ManifestError, SetupError, UnavailableError
+from casemate_schemas.errors import (
+    AuthenticationError,
+    IntegrityError,
+    MalformedError,
+    ManifestError,
+    NotFoundError,
+    SetupError,
+    UnavailableError,
+)
 from casemate_schemas.grant import NonceReply, NonceRequest
+from casemate_schemas.identity import Revocation
+from casemate_schemas.requests import ListApprovals
+from casemate_schemas.signatures import Signed, sign
 from support.key_brokers import Bench
 
 
@@ -153,18 +166,22 @@ def test_the_keys_must_be_those_in_the_manifest(bench: Bench, tmp_path: Path) ->
         keys.write_text(bench.key_brokers[owner].to_text())
         database = Database(settings.state_dir)
         if expected is None:
-            assert open_key_broker(settings, database)[1].id == "north"
+            assert open_key_broker(settings, database).manifests.current.id == bench.consortium.id
         else:
             with pytest.raises(expected, match="other keys"):
                 open_key_broker(settings, database)
         database.close()
 
 
+async def _no_news() -> bool:
+    return False
+
+
 async def test_a_state_that_breaks_stops_the_program(bench: Bench) -> None:
     job = bench.accepted_job(bench.register().use())
     request = encode(NonceRequest(job_id=job.terms.job_id, terms=job.digest, attempt=1))
     stop = asyncio.Event()
-    handlers = Handlers(bench.broker("north"), ProgramLog("key-broker"), stop)
+    handlers = Handlers(lambda: bench.broker("north"), _no_news, ProgramLog("key-broker"), stop)
     assert decode(NonceReply, await handlers.by_op["nonce"](request)).expires > bench.clock()
     handlers.raise_for_failure()
     bench.database("north").close()
@@ -177,8 +194,112 @@ async def test_a_state_that_breaks_stops_the_program(bench: Bench) -> None:
         handlers.raise_for_failure()
 
 
+async def test_whoever_is_ahead_is_judged_by_the_manifest_they_know(bench: Bench) -> None:
+    """A scientist signs terms under manifest 2 before this key broker has looked for it; a worker comes again by itself."""
+    dataset, older = bench.register(), {"manifest": bench.consortium.digest, "manifest_number": 1}
+    bench.broker("north"), bench.broker("clara")
+    bench.amend("clara", name="grown")
+    ahead, behind = bench.job(dataset.use()), bench.job(dataset.use(), terms=older)
+    asked: list[str] = []
+
+    async def catch_up() -> bool:
+        asked.append("north")
+        bench.restart("north")
+        return len(asked) == 1
+
+    handlers = Handlers(lambda: bench.broker("north"), catch_up, ProgramLog("key-broker"), asyncio.Event())
+    with pytest.raises(UnavailableError, match="manifest 2 was not seen here yet"):
+        bench.broker("north").precheck(encode(ahead.precheck))
+    with bench.database("north").transaction() as tx:
+        assert tx.execute("SELECT count(*) FROM answers").fetchone() == (0,), "no answer that would stand for ever"
+    for job in (ahead, behind):
+        answer = decode(Signed, await handlers.by_op["precheck"](encode(job.precheck))).peek(PrecheckAnswer)
+        assert answer.decision == "yes"
+    assert asked == ["north"]
+    with pytest.raises(NotFoundError):
+        await handlers.by_op["nonce"](encode(NonceRequest(job_id="0" * 32, terms=bytes(32), attempt=1)))
+    assert asked == ["north"]
+
+
+def test_a_newer_manifest_is_pinned_then_used_and_one_without_this_key_broker_ends_it(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Also by those that are asked while it changes: a request under way keeps the key broker it began with."""
+    (tmp_path / "manifest").write_bytes(encode(bench.chain))
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(bench.key_brokers["south"].to_text())
+    settings = Settings.load(
+        _settings_file(
+            tmp_path,
+            key_broker="south",
+            consortium=bench.consortium.id.hex(),
+            keys_file=keys,
+            manifest_file=tmp_path / "manifest",
+            state_dir=tmp_path / "state",
+        )
+    )
+    database = Database(settings.state_dir)
+    program = open_key_broker(settings, database)
+    before = program.serving()
+    bench.amend(name="grown")
+    assert program.manifests.offer_chain(bench.chain)
+    assert program.serving() is not before
+    with database.transaction() as tx:
+        assert get_meta(tx, "manifest") == (2, bench.consortium.digest)
+        assert [entry.subject for entry in audit_log.entries(tx)] == ["manifest 1", "manifest 2"]
+    manifest = bench.consortium.manifest
+    bench.amend(
+        members=tuple(m for m in manifest.members if m.id != "south"),
+        key_brokers=tuple(b for b in manifest.key_brokers if b.id != "south"),
+    )
+    with pytest.raises(SetupError, match="manifest 3 no longer lists this key broker"):
+        program.manifests.offer_chain(bench.chain)
+    with pytest.raises(SetupError, match="manifest 3 no longer lists this key broker"):
+        open_key_broker(settings, database)
+    database.close()
+
+
+def test_a_revocation_is_kept_then_used_under_every_manifest(bench: Bench, tmp_path: Path) -> None:
+    """Also after a restart, without a word from NATS."""
+    (tmp_path / "manifest").write_bytes(encode(bench.chain))
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_text(bench.key_brokers["north"].to_text())
+    settings = Settings.load(
+        _settings_file(
+            tmp_path,
+            consortium=bench.consortium.id.hex(),
+            keys_file=keys,
+            manifest_file=tmp_path / "manifest",
+            state_dir=tmp_path / "state",
+        )
+    )
+    nora, now = bench.stewards["north"], bench.clock()
+    asked = bench.request("north", nora, ListApprovals())
+    revocation = Revocation(consortium=bench.consortium.id, member="north", person="nora", before=now, created=now)
+    database = Database(settings.state_dir)
+    program = open_key_broker(settings, database)
+    assert bench.answer("north", nora, program.serving().message(asked)).n_pending == 0
+    assert program.revocations.offer(sign(revocation, bench.members["north"].signing))
+    bench.amend(name="grown")
+    for _ in range(2):
+        with pytest.raises(AuthenticationError, match="north has revoked"):
+            program.serving().message(asked)
+        assert program.manifests.offer_chain(bench.chain) or program.manifests.current.manifest.number == 2
+        with pytest.raises(AuthenticationError, match="north has revoked"):
+            program.serving().message(asked)
+        with database.transaction() as tx:
+            told = [(entry.event, entry.subject) for entry in audit_log.entries(tx)]
+        database.close()
+        database = Database(settings.state_dir)
+        program = open_key_broker(settings, database)
+    assert told == [("manifest", "manifest 1"), ("person_revoked", "nora@north"), ("manifest", "manifest 2")]
+    database.close()
+
+
 async def test_operations_are_logged_by_reason_code_alone(bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
-    handlers = Handlers(bench.broker("north"), ProgramLog("key-broker"), asyncio.Event())
+    handlers = Handlers(lambda: bench.broker("north"), _no_news, ProgramLog("key-broker"), asyncio.Event())
     with pytest.raises(MalformedError):
         await handlers.by_op["precheck"](b"a canary in the bytes")
     (line,) = capfd.readouterr().err.splitlines()

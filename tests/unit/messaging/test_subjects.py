@@ -78,17 +78,23 @@ def test_only_workers_call_worker_ops(op) -> None:
     assert not may_publish(NORTH, subject)
 
 
-def test_a_key_broker_hears_only_itself_and_says_nothing_unasked() -> None:
+def test_a_key_broker_hears_only_itself_and_reads_manifests_of_its_own_accord() -> None:
     assert may_subscribe(NORTH, "casemate.kb.north.grant")
+    assert may_subscribe(NORTH, "_INBOX_north.x")
     for other in (
         "casemate.kb.south.grant",
         "casemate.kb.northern.grant",
-        "_INBOX_north.x",
+        "_INBOX_south.x",
         "_INBOX_gateway.x",
         "$JS.API.INFO",
     ):
         assert not may_subscribe(NORTH, other)
-    assert NORTH.publish == ()
+    assert NORTH.publish == (
+        "$JS.API.DIRECT.GET.MANIFESTS.casemate.manifest.*",
+        "$JS.API.DIRECT.GET.REVOCATIONS",
+        "casemate.ledger-head.north",
+        "$JS.API.DIRECT.GET.LEDGER_HEADS.casemate.ledger-head.north",
+    )
     assert NORTH.allow_responses
 
 
@@ -141,7 +147,15 @@ def test_every_user_lives_in_one_account() -> None:
 def test_key_brokers_reach_no_other_account() -> None:
     for name in ("north", "south"):
         section = accounts(USERS)[f"KEY_BROKER_{name}"]
-        assert "imports" not in section
+        read = [
+            {"account": "CASEMATE", "subject": "$JS.API.DIRECT.GET.MANIFESTS.casemate.manifest.*"},
+            {"account": "CASEMATE", "subject": "$JS.API.DIRECT.GET.REVOCATIONS"},
+        ]
+        own = [
+            {"account": "CASEMATE", "subject": f"casemate.ledger-head.{name}"},
+            {"account": "CASEMATE", "subject": f"$JS.API.DIRECT.GET.LEDGER_HEADS.casemate.ledger-head.{name}"},
+        ]
+        assert section["imports"] == [{"service": service} for service in (*read, *own)]
         assert section["exports"] == [
             {"service": f"casemate.kb.{name}.*", "response_type": "stream", "accounts": ["CASEMATE", "WORKERS"]}
         ]
@@ -154,11 +168,27 @@ def test_what_workers_import_is_what_they_may_publish() -> None:
         s for s in imported if not s.startswith("casemate.kb.")
     }
     assert {"casemate.kb.north.*", "casemate.kb.south.*"} <= imported
-    assert {offer["service"] for offer in sections["CASEMATE"]["exports"]} == set(subjects.WORKER_SERVICES)
-    assert all(offer["accounts"] == ["WORKERS"] for offer in sections["CASEMATE"]["exports"])
+    heads = {service: name for name in ("north", "south") for service in subjects.ledger_head_services(name)}
+    assert {offer["service"] for offer in sections["CASEMATE"]["exports"]} == {
+        *subjects.WORKER_SERVICES,
+        *subjects.KEY_BROKER_SERVICES,
+        *heads,
+    }
+    for offer in sections["CASEMATE"]["exports"]:
+        if (name := heads.get(offer["service"])) is not None:
+            assert offer["accounts"] == [f"KEY_BROKER_{name}"]
+            continue
+        readers = ["KEY_BROKER_north", "KEY_BROKER_south"] if offer["service"] in subjects.KEY_BROKER_SERVICES else []
+        workers = ["WORKERS"] if offer["service"] in subjects.WORKER_SERVICES else []
+        assert offer["accounts"] == [*workers, *readers]
 
 
-def test_nothing_allowed_is_written_as_everything_denied() -> None:
+@pytest.mark.parametrize("subject", [subjects.manifest(2), subjects.revocation("a" * 64)])
+def test_only_the_gateway_stores_what_everyone_reads(subject: str) -> None:
+    assert may_publish(GATEWAY, subject)
+    assert not may_publish(WORKER, subject) and not may_publish(NORTH, subject)
+
+
+def test_a_key_broker_may_answer_each_request_once() -> None:
     (north,) = accounts(USERS)["KEY_BROKER_north"]["users"]
-    assert north["permissions"]["publish"] == {"deny": [">"]}
     assert north["permissions"]["allow_responses"]["max"] == 1

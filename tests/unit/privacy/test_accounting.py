@@ -5,8 +5,17 @@ import warnings
 from fractions import Fraction
 
 import pytest
-from casemate_privacy import TrainingEvent, epsilon, epsilon_estimate, person_epsilon, rdp_curve, rdp_epsilon
+from casemate_privacy import (
+    GaussianSumEvent,
+    TrainingEvent,
+    epsilon,
+    epsilon_estimate,
+    person_epsilon,
+    rdp_curve,
+    rdp_epsilon,
+)
 from casemate_schemas.errors import ParameterError
+from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -147,3 +156,17 @@ def test_absurd_deltas_are_refused(delta):
 def test_too_many_distinct_events_are_refused():
     with pytest.raises(ParameterError):
         epsilon([TrainingEvent(Fraction(1, 4), 1.0 + i / 1024, 1) for i in range(1025)], 1e-5)
+
+
+def test_a_subject_with_several_records_is_a_person_in_as_many_datasets():
+    one = TrainingEvent(Fraction(1, 8), 4.0, 100)
+    assert epsilon(TrainingEvent(Fraction(1, 8), 4.0, 100, 3), 1e-5) == pytest.approx(
+        person_epsilon([one] * 3, 1e-5), rel=2e-3
+    )
+    full = TrainingEvent(Fraction(1), 8.0, 10, 2)
+    assert epsilon(full, 1e-5) == pytest.approx(epsilon(TrainingEvent(Fraction(1), 4.0, 10), 1e-5), rel=1e-6)
+
+
+def test_evaluations_and_statistics_are_gaussian_releases():
+    event = GaussianSumEvent(sensitivity=3.0, noise_std=30.0, releases=4)
+    assert epsilon([event], 1e-5) == epsilon(event, 1e-5) == pytest.approx(get_epsilon_gaussian(5.0, 1e-5), rel=1e-3)

@@ -82,3 +82,37 @@ def test_what_is_no_curve_is_refused(value):
             call()
     with pytest.raises(ParameterError):
         check_curve(ZERO_CURVE[1:])
+
+
+def exact_group_divergence(rate, sigma, records, order):
+    """The larger direction of one step for several records of one unit, by quadrature with 30 digits."""
+    with mp.workdps(30):
+        q, s, a = mp.mpf(rate), mp.mpf(sigma), mp.mpf(order)
+        weights = [mp.binomial(records, k) * q**k * (1 - q) ** (records - k) for k in range(records + 1)]
+
+        def moment(power):
+            def density(z):
+                ratio = sum(w * mp.exp((2 * k * z - k * k) / (2 * s * s)) for k, w in enumerate(weights))
+                return mp.npdf(z, 0, s) * ratio**power
+
+            reach = a * records
+            knots = sorted({i * s for i in range(-12, 13, 3)} | {reach + i * s for i in range(-12, 13, 4)} | {-reach})
+            return mp.log(mp.quad(density, [-reach - 30 * s, *knots, reach + 30 * s])) / (a - 1)
+
+        return float(max(moment(a), moment(1 - a)))
+
+
+@pytest.mark.parametrize(("rate", "sigma", "records"), [(0.1, 2.0, 4), (0.5, 6.0, 3), (0.01, 1.0, 2)])
+def test_units_of_several_records_against_exact_arithmetic(rate, sigma, records):
+    curve = rdp_curve(TrainingEvent(Fraction(rate), sigma, 1, records))
+    for order in (1.5, 3, 8):
+        exact = exact_group_divergence(rate, sigma, records, order)
+        assert exact < curve[ORDERS.index(order)] < exact * (1 + 1e-6) + 1e-10
+
+
+def test_a_unit_of_several_records_costs_more_and_never_more_than_moving_all_of_them():
+    one, four = (rdp_curve(TrainingEvent(Fraction(1, 8), 3.0, 10, records)) for records in (1, 4))
+    whole = rdp_curve(TrainingEvent(Fraction(1), 3.0 / 4, 10))
+    assert all(a < b <= c * (1 + 1e-12) for a, b, c in zip(one, four, whole, strict=True))
+    assert rdp_curve(TrainingEvent(Fraction(1), 3.0, 10, 4)) == pytest.approx(whole, rel=1e-9)
+    assert all(map(math.isfinite, rdp_curve(TrainingEvent(Fraction(1, 100), 0.3, 1, 16))))

@@ -14,6 +14,7 @@ from casemate_schemas.consortium import (
     Member,
     sign_manifest,
     verify_chain,
+    verify_next,
 )
 from casemate_schemas.identity import Delegation, Role
 from casemate_schemas.keyring import KeyRing
@@ -75,6 +76,14 @@ def make_manifest(
         "created": NOW,
     }
     return ConsortiumManifest.model_validate({**fields, **changes})
+
+
+def amended(parties: Parties, **changes: object) -> Consortium:
+    """The consortium after a second manifest, which all its members signed."""
+    fields = {**dict(parties.manifest), "number": 2, "previous": parties.consortium.digest, **changes}
+    manifest = ConsortiumManifest.model_validate(fields)
+    signed = sign_manifest(manifest, {name: ring.signing for name, ring in parties.members.items()})
+    return verify_next(parties.consortium, signed)
 
 
 @pytest.fixture(scope="session")

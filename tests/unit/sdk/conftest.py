@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from casemate_schemas.codec import digest_of
+from casemate_schemas.custody import DatasetPrepared, PrepareDataset
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import NotFoundError
 from casemate_schemas.licence import Licence, Permission, RoleIs
@@ -21,6 +22,7 @@ from casemate_schemas.requests import (
     Refusal,
     RegisterDataset,
 )
+from casemate_schemas.sealing import SealingKey
 from casemate_schemas.signatures import sign
 from support.fake_gateway import FakeGateway, serving
 from support.results import World, world
@@ -50,10 +52,15 @@ def card_of(owner: str, **changes: Any) -> DatasetCard:
 def licence_of(owner: str, **changes: Any) -> Licence:
     """Scientists may list and train."""
     rule = RoleIs(principal="submitter", role="scientist")
+    read = RoleIs(principal="recipient", role="scientist")
     fields: dict[str, Any] = {
         "number": 1,
         "dataset": f"cardio@{owner}",
-        "permissions": (Permission(action="list", rule=rule), Permission(action="train", rule=rule)),
+        "permissions": (
+            Permission(action="list", rule=rule),
+            Permission(action="train", rule=rule),
+            Permission(action="read_result", rule=read),
+        ),
         "epsilon": 10.0,
         "epsilon_per_job": 5.0,
         "delta": 1e-3,
@@ -69,6 +76,7 @@ class KeyBrokers:
         self.w = w
         self.offers = {owner: self.offer(card_of(owner), licence_of(owner)) for owner in ("north", "south")}
         self.asked: list[tuple[str, PersonRequest]] = []
+        self.prepared = SealingKey.generate()
         self.fail: dict[str, Exception] = {}
 
     def offer(self, card: DatasetCard, licence: Licence, /, **changes: Any) -> DatasetOffer:
@@ -89,6 +97,8 @@ class KeyBrokers:
             raise self.fail[name]
         if isinstance(request.body, ListDatasets):
             return DatasetListing(datasets=(self.offers[name],) if name in self.offers else ())
+        if isinstance(request.body, PrepareDataset):
+            return DatasetPrepared(sealing_key=self.prepared.public)
         if isinstance(request.body, RegisterDataset):
             return DatasetRegistered(
                 dataset=request.body.card.id,
@@ -104,6 +114,11 @@ class KeyBrokers:
             delta=1e-3,
             epsilon_spent=2.5,
             epsilon_remaining=7.5,
+            lineage=b"\x05" * 32,
+            privacy_unit="record",
+            epsilon_estimate=2.25,
+            renewals=(),
+            n_charges=0,
             lines=(),
         )
 

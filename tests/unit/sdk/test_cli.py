@@ -19,6 +19,7 @@ from casemate.cli.results import results
 from casemate.identity import save_keys
 from casemate.results import open_result
 from casemate_schemas.errors import BudgetError, MalformedError, ParameterError, SetupError
+from casemate_schemas.licence import WithMeasurement
 from support.fake_gateway import FakeGateway, job_status
 from support.results import JOB_ID, World
 
@@ -105,6 +106,8 @@ async def test_commands_speak_to_the_gateway_and_say_simulated(
     gateway.status = job_status(JOB_ID, "refused", reason="licence_forbids", approvals=[approval])
     expected = {
         ("datasets", "list"): (0, "cardio@south"),
+        ("datasets", "show", "cardio@north"): (0, "lets scientists list cardio@north"),
+        ("datasets", "show", "none@north"): (1, ""),
         ("budget", "cardio@north"): (0, "2.5"),
         ("jobs", "list"): (0, "licence_forbids"),
         ("jobs", "status", JOB_ID): (1, JOB_ID),
@@ -127,11 +130,16 @@ def test_results_group_has_its_commands() -> None:
 def test_cards_and_licences_are_read_from_json(tmp_path: Path) -> None:
     card, licence = tmp_path / "card.json", tmp_path / "licence.json"
     card.write_text(card_of("north").model_dump_json())
-    values = json.loads(licence_of("north").model_dump_json()) | {"measurements": ["4d" * 48]}
+    values = json.loads(licence_of("north").model_dump_json())
+    values["permissions"][1]["rule"] = {"rule": "with_measurement", "measurement": "4d" * 48}
+    values |= {"expires": "2027-01-01T01:00:00+01:00"}
     licence.write_text(json.dumps(values))
     assert dict(read_card(card)) == dict(card_of("north"))
-    assert read_licence(licence).measurements == (b"\x4d" * 48,)
-    for text in ("[]", "{", '{"epsilon": NaN}', json.dumps(values | {"epsilon": -1})):
+    found = read_licence(licence)
+    assert found.permissions[1].rule == WithMeasurement(measurement=b"\x4d" * 48)
+    assert found.expires == 1_798_761_600_000
+    wrong = ({"epsilon": -1}, {"expires": "2027-01-01T00:00:00"}, {"expires": "tomorrow"}, {"regions": ["FR", "DE"]})
+    for text in ("[]", "{", '{"epsilon": NaN}', *(json.dumps(values | change) for change in wrong)):
         licence.write_text(text)
         with pytest.raises(ParameterError):
             read_licence(licence)

@@ -192,7 +192,7 @@ async def test_push_seals_card_and_columns_to_the_owners_key_broker(
     assert request.body.licence.verify(Licence, w.clara.keys.signing.public) == licence
     head = open_head(request.body.head, kind="dataset", sender=w.clara.keys.signing.public)
     _, ciphertext = split_envelope(gateway.envelopes[head.header.digest.hex()], max_bytes=1 << 20)
-    content_key = unseal_content_key(head, w.brokers["north"].sealing)
+    content_key = unseal_content_key(head, brokers.prepared)
     sections = unpack_sections(open_ciphertext(head.header, content_key, ciphertext), ("card", "columns"))
     assert decode(DatasetCard, bytes(sections["card"])) == card
     opened = read_tensors(bytes(sections["columns"]), max_bytes=1 << 20, max_tensors=3)

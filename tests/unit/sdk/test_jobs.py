@@ -112,6 +112,20 @@ async def test_a_submitted_job_opens_and_every_part_agrees(
     assert (spec.plan.pipeline.target_kind, spec.plan.training.loss) == ("binary", "binary_cross_entropy")
 
 
+async def test_owners_learn_which_model_it_is_only_where_a_licence_asks(
+    gateway: FakeGateway, options: dict[str, Any], brokers: KeyBrokers, w: World
+) -> None:
+    async with cm.connect(gateway.url, **options) as consortium:
+        await consortium.train(**request_of())
+        untold, spec, _ = opened_job(gateway, w)
+        permissions = [cm.Permission(action="train", rule=cm.rules.with_model(digest_of(spec.model).hex()))]
+        asking = licence_of("north", permissions=tuple(permissions))
+        brokers.offers["north"] = brokers.offer(card_of("north"), asking)
+        await consortium.train(**request_of())
+    told, spec, _ = opened_job(gateway, w)
+    assert (untold.plan.model, told.plan.model) == (None, digest_of(spec.model))
+
+
 async def test_planned_rates_and_noise_give_an_epsilon_just_within_the_target(
     gateway: FakeGateway, options: dict[str, Any], w: World
 ) -> None:

@@ -12,9 +12,11 @@ import pytest
 from casemate.identity import Identity, new_person
 from casemate.results import load, open_result
 from casemate.verification import verify_result
-from casemate_schemas.consortium import ManifestChain
+from casemate_schemas.attestation_policy import AttestationPolicy
+from casemate_schemas.consortium import ManifestChain, verify_chain
 from casemate_schemas.envelope import PREFIX_BYTES
 from casemate_schemas.errors import ReleaseError
+from casemate_schemas.evidence import SevSnp
 from casemate_schemas.job import Privacy
 from casemate_schemas.signatures import SigningKey
 from support.results import JOB_ID, WEIGHTS, Edits, World, world
@@ -208,6 +210,26 @@ def test_an_older_manifest_of_the_chain_still_verifies_by_its_own_policy(w: Worl
     assert verified.verification.steps[1].finding == "number 1 of two hospitals and a lab"
 
 
+def test_each_worker_is_held_to_the_manifest_it_worked_under(w: World) -> None:
+    """The manifest may change between the training and the release; the terms are older than both."""
+    other = AttestationPolicy(**dict(w.consortium.manifest.attestation) | {"measurements": (b"\x66" * 48,)})
+    for policy, fails in ((w.consortium.manifest.attestation, False), (other, True)):
+        newer = ManifestChain(manifests=(*w.chain.manifests, w.next_manifest(attestation=policy)))
+        second = verify_chain(newer)
+        claims = update(manifest=second.digest)
+        grant = update(manifest=second.digest, manifest_number=2)
+        chain = update(manifests=newer.manifests)
+        released_later = w.result(Edits(claims=claims, grant=grant, chain=chain))
+        trained_later = w.result(Edits(trained_claims=claims, trained_grant=grant, chain=chain))
+        steps = (r"step 4 \(evidence\)", r"step 10 \(training worker\)")
+        for bundle, step in zip((released_later, trained_later), steps, strict=True):
+            if fails:
+                with pytest.raises(ReleaseError, match=f"{step}: ✗ measurement"):
+                    verify_result(bundle, w.clara, w.expected())
+            else:
+                assert verify_result(bundle, w.clara, w.expected()).terms.terms.manifest_number == 1
+
+
 def test_a_result_opens_saves_and_is_verified_again_from_its_files(w: World, tmp_path: Any) -> None:
     result = open_result(w.result(), w.clara, w.expected())
     np.testing.assert_array_equal(result.arrays["0.weight"], WEIGHTS["0.weight"])
@@ -251,7 +273,8 @@ def _measured(evidence: Any, measurement: bytes | None) -> Any:
     template = w.chip.launch(measurement or b"\x4d" * 48).template
     data = evidence.claims.report_data if measurement else bytes(64)
     report = w.chip.sign(replace(template, report_data=data).body())
-    return evidence.model_copy(update={"report": report})
+    component = SevSnp(report=report, certificates=w.chip.certificates)
+    return evidence.model_copy(update={"components": (component,)})
 
 
 def _flipped_seal(sealed: Any) -> Any:

@@ -93,9 +93,31 @@ def _plan_of_another_noise(w: World, job: OpenedJob) -> tuple[OpenedJob, str, tu
     return replace(job, spec=spec, terms=replace(job.terms, terms=terms)), JOB_ID, BROKERS
 
 
+def _plan_of(model: bytes) -> Break:
+    """Everybody judged a model, and commits to it; the spec holds this one."""
+
+    def broken(w: World, job: OpenedJob) -> tuple[OpenedJob, str, tuple[str, ...]]:
+        plan = job.spec.plan.model_copy(update={"model": model})
+        spec = job.spec.model_copy(update={"plan": plan})
+        commitments = {
+            "plan": plan,
+            "job_spec_commitment": digest_of(spec),
+            "initial_weights_commitment": weights_commitment(spec, job.weights),
+        }
+        terms = replace(job.terms, terms=job.terms.terms.model_copy(update=commitments))
+        return replace(job, spec=spec, terms=terms), JOB_ID, BROKERS
+
+    return broken
+
+
+def test_the_model_that_owners_were_told_agrees(w: World, parts: Parts) -> None:
+    check_agreement(*_plan_of(digest_of(parts.spec.model))(w, opened(w, parts)))
+
+
 @pytest.mark.parametrize(
     ("breaking", "named"),
     [
+        (_plan_of(OTHER), ["model"]),
         (lambda w, job: (job, "f" * 32, BROKERS), ["job id"]),
         (_spec(job_id="f" * 32), ["job id", "job spec"]),
         (_terms(job_id="f" * 32), ["job id"]),

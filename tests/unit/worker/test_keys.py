@@ -42,6 +42,7 @@ class Case:
 
         attempt: Any = Attempt(
             routing=None,
+            consortium=self.w.consortium,
             number=1,
             record=None,
             signing=self.worker.keys.signing,  # type: ignore[arg-type]
@@ -139,6 +140,15 @@ def test_owners_grants_cover_what_the_terms_name(case: Case) -> None:
         for field in ("envelopes", "licences"):
             with pytest.raises(ReleaseError, match=owner):
                 check_cover(granted(case, **{owner: {field: (OTHER,)}}), case.terms)
+
+
+def test_a_key_broker_that_holds_a_commit_grants_no_dataset(case: Case) -> None:
+    released: dict[str, Any] = {"envelopes": (), "committed": OTHER}
+    check_cover(granted(case, north=released, south=released), case.terms)
+    with pytest.raises(ReleaseError, match="north"):
+        check_cover(granted(case, north=released | {"licences": (OTHER,)}), case.terms)
+    with pytest.raises(ReleaseError, match="north"):
+        check_cover(granted(case, north={"envelopes": ()}), case.terms)
 
 
 def test_no_other_key_broker_covers_for_an_owner(case: Case) -> None:

@@ -138,7 +138,7 @@ KEY, OTHER_KEY = b"\x07" * 32, b"\x08" * 32
 
 async def test_only_the_resume_key_opens_an_upload(w: World, tmp_path: Path) -> None:
     store: Any = Store()
-    output = SealedOutput(store, w.consortium, tmp_path)
+    output = SealedOutput(store, w.consortium.id, tmp_path)
     digest = await output.put("checkpoint", [b"state"], an_attempt(), KEY, created=w.now)
     assert await output.open(digest, "checkpoint", KEY) == b"state"
     head = store.heads[digest].head
@@ -153,7 +153,7 @@ async def test_only_the_resume_key_opens_an_upload(w: World, tmp_path: Path) -> 
 async def test_a_checkpoint_is_no_result_and_a_swapped_one_does_not_open(w: World, tmp_path: Path) -> None:
     """Another kind, another consortium, other bytes under the same head, or a head that names another's sealed key."""
     store: Any = Store()
-    output = SealedOutput(store, w.consortium, tmp_path)
+    output = SealedOutput(store, w.consortium.id, tmp_path)
     first, second = [
         await output.put("checkpoint", [text], an_attempt(), KEY, created=w.now) for text in (b"one", b"two")
     ]
@@ -167,7 +167,7 @@ async def test_a_checkpoint_is_no_result_and_a_swapped_one_does_not_open(w: Worl
     store.heads[first] = StoredHead(swapped, b"")
     with pytest.raises(SealError):
         await output.open(first, "checkpoint", KEY)
-    foreign = SealedOutput(store, type(w.consortium)(RIVAL, w.consortium.digest, w.consortium.manifest), tmp_path)
+    foreign = SealedOutput(store, RIVAL, tmp_path)
     with pytest.raises(SealError):
         await foreign.open(second, "checkpoint", KEY)
     assert await output.open(second, "checkpoint", KEY) == b"two"

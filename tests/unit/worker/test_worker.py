@@ -102,7 +102,9 @@ class Bench:
             heartbeat_s=60.0,
         )
         guest: Any = None
-        self.worker = Worker(settings, Client(), w.consortium, guest, clock=lambda: NOW, log=ProgramLog("worker"))
+        self.worker = Worker(
+            settings, Client(), lambda: w.consortium, guest, clock=lambda: NOW, log=ProgramLog("worker")
+        )
         self.jobs, self.events, self.attempts = Jobs(record), Events(), 0
         loose: Any = self.worker
         loose._jobs, loose._events = self.jobs, self.events
