@@ -381,5 +381,5 @@ async def _ended(*tasks: asyncio.Task[None]) -> None:
 
 def _software() -> dict[str, str]:
     """Versions that the computation depends on."""
-    packages = ("casemate", "torch", "opacus", "dp-accounting", "cryptography")
+    packages = ("casemate", "torch", "dp-accounting", "cryptography")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import safetensors.torch
 import torch
@@ -21,18 +21,20 @@ from casemate_models.losses import per_example_loss
 from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ParameterError, StateError
 from casemate_schemas.job import MAX_STEPS, Training
-from casemate_schemas.pipeline import Loss
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .clipping import Clipping, PerSampleClipping
+from .clipping import BookKeeping, Mode
 from .noise import HardenedGaussian
 from .optimizers import build_optimizer, optimizer_slots
 from .probe import probe_model
 from .sampling import PoissonSampler
+from .uses import Strategy
 
 _STATE_OVERHEAD_BYTES: Final = 1 << 20
+_NO_CLASS: Final = -100
+"""``cross_entropy`` of this target is zero, and so is its gradient (PyTorch's ``ignore_index``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +58,16 @@ class OwnerData:
 
 
 class TrainingState(WireModel):
-    """All that a later attempt needs to go on: the step (which is every generator's position) and the tensors."""
+    """All that a later attempt needs to go on: the step (which is every generator's position) and the tensors.
+
+    ``clipping`` is how each parameter's gradients were clipped: another way would round differently.
+    """
 
     KIND: ClassVar[str] = "training-state"
 
     version: Literal[1] = 1
     step: Annotated[int, Field(ge=0, le=MAX_STEPS)]
+    clipping: dict[str, Strategy]
     tensors: bytes
 
 
@@ -69,20 +75,29 @@ class Trainer:
     """Trains ``model`` in place, one noised step after another.
 
     Sampling and noise come from ``seed`` alone, and PyTorch's deterministic algorithms are used, so on one machine with
-    one number of threads the same arguments give the same weights, bit for bit, also across :meth:`restore`.
+    one number of threads the same arguments give the same weights, bit for bit, also across :meth:`restore`. How
+    gradients are clipped is among the arguments: with ``auto`` it is measured once in a process, and restored.
     """
 
     def __init__(
-        self, model: nn.Module, owners: Sequence[OwnerData], plan: Training, *, expected_batch: Fraction, seed: bytes
+        self,
+        model: nn.Module,
+        owners: Sequence[OwnerData],
+        plan: Training,
+        *,
+        expected_batch: Fraction,
+        seed: bytes,
+        clipping: Mode = "auto",
     ) -> None:
         """Check that everything fits together, touching no record, and stand before the first step.
 
         Args:
-            model: float32, with batch-independent layers only; it keeps Opacus' hooks.
+            model: float32, with batch-independent layers only; see :mod:`~casemate_worker.training.watching`.
             owners: at least one, with distinct ids and records of one shape.
             plan: what the terms fix, the same for all owners.
             expected_batch: the public denominator in records: Σ of rate times declared row bound, never a count.
             seed: the attempt's 32 bytes, from :func:`casemate_worker.key_schedule.attempt_seed`.
+            clipping: how the clipped sum is computed; ways agree up to rounding.
 
         Raises:
             ParameterError: a rate, the denominator, the seed or the set of owners is out of range.
@@ -96,16 +111,19 @@ class Trainer:
         self._expected_batch = float(expected_batch)
         self._samplers = [PoissonSampler(seed, data.owner, data.sample_rate) for data in self._owners]
         self._noise = HardenedGaussian(seed, noise_multiplier=plan.noise_multiplier, clipping_norm=plan.clipping_norm)
-        clipping = PerSampleClipping(
+        self._model = model
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._size = sum(p.numel() for p in self._trainable.values())
+        self._clipping = BookKeeping(
             model,
-            partial(_loss, plan.loss),
+            partial(per_example_loss, plan.loss),
             clipping_norm=plan.clipping_norm,
             max_physical_batch=plan.max_physical_batch,
         )
-        probe_model(model, clipping, self._owners[0].features, self._owners[0].targets)
-        self._clipping: Clipping = clipping
-        self._model = model
-        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        first = self._owners[0]
+        outputs = probe_model(model, self._clipping, first.features, first.targets, clipping)
+        if plan.loss == "cross_entropy":
+            self._owners = [_known(data, outputs.shape[1]) for data in self._owners]
         self._optimizer = build_optimizer(plan.optimizer, self._trainable.values())
         self._slots = optimizer_slots(plan.optimizer)
         self._step = 0
@@ -114,6 +132,11 @@ class Trainer:
     def steps_done(self) -> int:
         """How many steps the weights have behind them."""
         return self._step
+
+    @property
+    def clipping_strategies(self) -> dict[str, Strategy]:
+        """How each parameter's gradients are clipped, by name: independent of records, so it may be published."""
+        return self._clipping.strategies
 
     def step(self) -> None:
         """Do one step of DP-SGD; :class:`StateError` once all steps of the plan are done.
@@ -126,6 +149,7 @@ class Trainer:
         if self._step >= self._plan.steps:
             raise StateError(f"all {self._plan.steps} steps are done")
         with _deterministic():
+            self._noise.draw_ahead(self._step, self._size)
             features, targets = self._sample()  # 1
             total = self._clipping.clipped_sum(features, targets)  # 2
             noisy = self._noise.add(total, self._step)  # 3
@@ -147,7 +171,9 @@ class Trainer:
     def state(self) -> bytes:
         """Everything that :meth:`restore` needs, as a canonical :class:`TrainingState`. Confidential until released."""
         tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self._tensors().items()}
-        return encode(TrainingState(step=self._step, tensors=safetensors.torch.save(tensors)))
+        return encode(
+            TrainingState(step=self._step, clipping=self.clipping_strategies, tensors=safetensors.torch.save(tensors))
+        )
 
     def restore(self, state: bytes) -> None:
         """Go on from ``state``, made by :meth:`state` under the same plan and model; nothing changes if it does not fit.
@@ -164,6 +190,9 @@ class Trainer:
         expected = self._expected_tensors(message.step)
         if message.step > self._plan.steps or {n: (t.shape, t.dtype) for n, t in tensors.items()} != expected:
             raise MalformedError("training state is not of this plan and model")
+        if message.clipping.keys() != self.clipping_strategies.keys():
+            raise MalformedError("training state is not clipped like this model")
+        self._clipping.strategies = message.clipping
         self._load(tensors)
         self._step = message.step
 
@@ -219,24 +248,25 @@ def _sorted(owners: Sequence[OwnerData]) -> list[OwnerData]:
     return sorted(owners, key=lambda data: data.owner)
 
 
-def _loss(name: Loss, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Per-example losses; a class that the model does not have gives NaN, so such a record is left out unseen."""
-    if name != "cross_entropy":
-        return per_example_loss(name, outputs, targets)
-    known = (targets >= 0) & (targets < outputs.shape[1])
-    losses = per_example_loss(name, outputs, torch.where(known, targets, 0))
-    return torch.where(known, losses, torch.nan)
+def _known(data: OwnerData, classes: int) -> OwnerData:
+    """``data`` with targets that the model has no output for replaced by the one that makes loss and gradient zero."""
+    known = (data.targets >= 0) & (data.targets < classes)
+    return replace(data, targets=torch.where(known, data.targets, _NO_CLASS))
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic algorithms, for as long as it lasts."""
+    """PyTorch's deterministic algorithms, for as long as it lasts, without its filling of fresh memory."""
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        settings.fill_uninitialized_memory = filled

@@ -30,6 +30,8 @@ which another machine may make, moves the released sum by no more than it moved 
 from __future__ import annotations
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final
 
 import numpy as np
 import torch
@@ -38,6 +40,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .keystream import NOISE, Keystream
+
+_AHEAD_ELEMENTS: Final = 1 << 18
+_AHEAD_STEPS: Final = 32
 
 
 def standard_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
@@ -50,7 +55,8 @@ def standard_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 class HardenedGaussian:
     """Adds Gaussian noise of standard deviation σC to each coordinate of a sum of L2 sensitivity C.
 
-    One draw a step serves the joint sum of all owners.
+    One draw a step serves the joint sum of all owners. It depends on nothing but the step, so the next steps' are made on
+    a thread of their own, while gradients are computed: the same draws, only earlier.
     """
 
     def __init__(self, seed: bytes, *, noise_multiplier: float, clipping_norm: float) -> None:
@@ -60,9 +66,33 @@ class HardenedGaussian:
             raise ParameterError("expected a positive noise multiplier and clipping norm")
         self._grid = math.ldexp(1.0, math.frexp(self._deviation)[1] - 17)
         self._keystream = Keystream(seed, NOISE)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
+        self._ahead: dict[tuple[int, int, int], Future[list[Tensor]]] = {}
 
     def add(self, total: Tensor, step: int) -> Tensor:
         """``total`` (float64, ``[d]``) with the noise of ``step``, on the public grid."""
-        words = self._keystream.words(step, len(total) + len(total) % 2)
-        noise = torch.from_numpy(standard_normals(words)[: len(total)])
-        return torch.round((total + self._deviation * noise) / self._grid) * self._grid
+        key = self._block(step, len(total))
+        ahead = self._ahead.get(key)
+        noise = self._draw(step, len(total)) if ahead is None else ahead.result()[step % key[1]]
+        return torch.round((total + noise) / self._grid) * self._grid
+
+    def draw_ahead(self, step: int, count: int) -> None:
+        """Have the noise of ``step``, for ``count`` coordinates, made by the time it is wanted; of some later ones, too.
+
+        Small models get that of many steps at once, for which it is worth to hand over to another thread.
+        """
+        block, steps, _ = self._block(step, count)
+        wanted = [(number, steps, count) for number in ((block,) if steps == 1 else (block, block + 1))]
+        self._ahead = {key: self._ahead.get(key) or self._thread.submit(self._draw_block, *key) for key in wanted}
+
+    def _block(self, step: int, count: int) -> tuple[int, int, int]:
+        steps = max(1, min(_AHEAD_STEPS, _AHEAD_ELEMENTS // count))
+        return step // steps, steps, count
+
+    def _draw_block(self, block: int, steps: int, count: int) -> list[Tensor]:
+        return [self._draw(step, count) for step in range(block * steps, (block + 1) * steps)]
+
+    def _draw(self, step: int, count: int) -> Tensor:
+        """Normals of standard deviation σC, float64 ``[count]``."""
+        words = self._keystream.words(step, count + count % 2)
+        return self._deviation * torch.from_numpy(standard_normals(words)[:count])

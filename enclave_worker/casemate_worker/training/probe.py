@@ -12,23 +12,25 @@ import torch
 from casemate_schemas.errors import BatchDependenceError, ModelError, UnsupportedOperationError
 from torch import Tensor, nn
 
-from .clipping import PerSampleClipping
+from .clipping import BookKeeping, Mode
 
 _RECORDS: Final = 4
 _TOLERANCE: Final = 1e-3
 
 
-def probe_model(model: nn.Module, clipping: PerSampleClipping, features: Tensor, targets: Tensor) -> None:
-    """Check ``model`` on synthetic records of the shapes and types of ``features`` and ``targets``.
+def probe_model(
+    model: nn.Module, clipping: BookKeeping, features: Tensor, targets: Tensor, mode: Mode = "book_keeping"
+) -> Tensor:
+    """Choose strategies and check ``model`` on synthetic records like ``features`` and ``targets``; its outputs for some.
 
     1. Its trainable parameters are float32, and there is at least one.
-    2. Loss and gradients of synthetic records are finite.
+    2. Loss, gradients and norms of synthetic records are finite.
     3. It draws nothing from PyTorch's own generator (as dropout would).
     4. It learns nothing outside its parameters (as batch statistics would).
-    5. Each per-sample gradient equals the one of that record alone, to 0.1 %.
+    5. Each per-sample gradient equals the one of that record alone, to 0.1 %, and its norm is the one that clipping uses.
 
     Raises:
-        ModelError: 1 or 2 fails, or the model does not run on such records.
+        ModelError: 1 or 2 fails, the model does not run on such records, or uses a parameter in a way without a rule.
         UnsupportedOperationError: 3 fails.
         BatchDependenceError: 4 or 5 fails.
     """
@@ -37,10 +39,9 @@ def probe_model(model: nn.Module, clipping: PerSampleClipping, features: Tensor,
     if not trainable or any(p.dtype != torch.float32 for p in trainable):
         raise ModelError("expected float32 parameters, at least one of them trainable")
     generator, buffers = torch.get_rng_state(), [b.clone() for b in model.buffers()]
-    x, y = _synthetic(features), torch.ones(_RECORDS, dtype=targets.dtype)
-    together, alone = _run(clipping, x, y)
+    together, norms, alone = _run(clipping, features, targets, mode)
     # 2. finite
-    if not (together.isfinite().all() and alone.isfinite().all()):
+    if not (together.isfinite().all() and norms.isfinite().all() and alone.isfinite().all()):
         raise ModelError("loss or gradients of a harmless synthetic record are not finite")
     # 3. no generator but the keystream
     if not torch.equal(generator, torch.get_rng_state()):
@@ -49,22 +50,30 @@ def probe_model(model: nn.Module, clipping: PerSampleClipping, features: Tensor,
     if not all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True)):
         raise BatchDependenceError("the model changes a buffer while it trains")
     # 5. records do not touch each other
-    if not bool(((together - alone).norm(dim=1) <= _TOLERANCE * alone.norm(dim=1) + 1e-6).all()):
+    expected = alone.norm(dim=1)
+    if not bool(((together - alone).norm(dim=1) <= _TOLERANCE * expected + 1e-6).all()):
         raise BatchDependenceError("a record's gradient is not the one that it has alone: the model mixes records")
+    if not bool(((norms - together.norm(dim=1)).abs() <= _TOLERANCE * expected + 1e-6).all()):
+        raise BatchDependenceError("a record's norm is not the one of its gradient")
+    with torch.no_grad():
+        outputs: Tensor = model(synthetic_records(features, targets, _RECORDS)[0])
+    return outputs
 
 
-def _synthetic(features: Tensor) -> Tensor:
-    """Public records with values in [-0.5, 0.5] and no symmetry."""
-    shape = (_RECORDS, *features.shape[1:])
-    count = torch.Size(shape).numel()
-    return (0.5 * torch.sin(1.7 * torch.arange(1, count + 1, dtype=torch.float64))).to(features.dtype).reshape(shape)
+def synthetic_records(features: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Public records shaped like these: values in [-0.5, 0.5] without symmetry, targets 1."""
+    shape = (count, *features.shape[1:])
+    values = 0.5 * torch.sin(1.7 * torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64))
+    return values.to(features.dtype).reshape(shape), torch.ones(count, dtype=targets.dtype)
 
 
-def _run(clipping: PerSampleClipping, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the records together, and each alone; whatever PyTorch raises says that the model does not fit."""
+def _run(clipping: BookKeeping, features: Tensor, targets: Tensor, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients and norms of the records together, and each gradient alone; whatever PyTorch raises is the model's."""
     try:
-        together, losses = clipping.gradients(x, y)
+        clipping.choose(mode, lambda count: synthetic_records(features, targets, count))
+        x, y = synthetic_records(features, targets, _RECORDS)
+        together, squares, losses = clipping.gradients(x, y)
         alone = torch.stack([clipping.gradient_alone(x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ModelError("the model or loss does not run on records of the declared shape") from error
-    return torch.where(losses.isfinite()[:, None], together, torch.nan), alone
+    return torch.where(losses.isfinite()[:, None], together, torch.nan), squares.sqrt(), alone

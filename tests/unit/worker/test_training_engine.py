@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from casemate_schemas.codec import decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ModelError, ParameterError, StateError
 from casemate_schemas.job import SGD, Adam, Training
 from casemate_worker.key_schedule import attempt_seed
+from casemate_worker.training.clipping import Mode
 from casemate_worker.training.engine import OwnerData, Trainer, TrainingState
+from casemate_worker.training.noise import HardenedGaussian
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 
@@ -149,12 +152,39 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         encode(message.model_copy(update={"step": 13})),
         encode(message.model_copy(update={"step": 0})),
         encode(message.model_copy(update={"tensors": b"\xff" * 64})),
+        encode(message.model_copy(update={"clipping": {}})),
+        encode(message.model_copy(update={"clipping": message.clipping | {"nobody.weight": "ghost"}})),
         encode(message.model_copy(update={"tensors": bytes(1 << 21)})),
     ]
     for state in bad:
         with pytest.raises(MalformedError):
             trainer.restore(state)
         assert trainer.state() == before
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_each_way_of_clipping_gives_the_same_weights_and_a_state_carries_it(
+    mode: Mode, reference_weights: dict[str, Tensor]
+) -> None:
+    trainer = Trainer(_model(), _owners(), _plan(), expected_batch=Fraction(36), seed=SEED, clipping=mode)
+    trainer.run(until=5)
+    resumed = Trainer(_model(), _owners(), _plan(), expected_batch=Fraction(36), seed=SEED, clipping="per_sample")
+    resumed.restore(trainer.state())
+    assert resumed.clipping_strategies == trainer.clipping_strategies
+    for each in (trainer, resumed):
+        each.run()
+    assert _same(trainer.weights(), resumed.weights())
+    assert _distance(trainer.weights(), reference_weights) < 1e-5
+
+
+def test_noise_drawn_ahead_is_the_noise_of_its_step() -> None:
+    total = torch.linspace(-3, 3, 4001, dtype=torch.float64)
+    ahead, plain = (HardenedGaussian(SEED, noise_multiplier=1.5, clipping_norm=0.7) for _ in range(2))
+    for step in (0, 1, 2, 31, 32, 33, 7, 7, 1000, 64):  # in order, across blocks, back, and far away
+        ahead.draw_ahead(step, len(total))
+        assert torch.equal(ahead.add(total, step), plain.add(total, step))
+    ahead.draw_ahead(5, len(total))
+    assert torch.equal(ahead.add(total[:7], 5), plain.add(total[:7], 5))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

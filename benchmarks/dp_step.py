@@ -1,0 +1,120 @@
+"""What privacy costs a training step: DP-SGD by this engine, and by others, over plain SGD, in one interleaved run.
+
+Every step starts from a batch in memory and ends with moved weights. Ours is :meth:`Trainer.step` as the worker runs it
+(sampling at rate 1, certified clipping, float64 sums, ``hardened`` noise from the keystream), in mode ``auto``; others sum
+in float32 and draw noise from PyTorch's ordinary generator. Ratios are medians over rounds of one round's step by that
+round's plain step. Peak memory is that of a process of its own, taking a few steps, over one that takes plain ones.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import dp_peers
+import torch
+from _bench import Metric, Samples, arguments, interleaved, machine, report
+from casemate_schemas.job import MAX_STEPS, SGD, Training
+from casemate_worker.training.engine import OwnerData, Trainer
+from dp_cases import CASES, CLIPPING_NORM, LEARNING_RATE, NOISE_MULTIPLIER, Case, plain_step
+from rich.console import Console
+from rich.table import Table
+
+ROUNDS = {"mlp": 400, "lenet": 40, "wrn": 3, "transformer": 5}
+QUICK_ROUNDS = {"mlp": 60, "lenet": 6}
+MEMORY_STEPS = 3
+MAX_MEMORY_RATIO = 1.3
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        print(peak_bytes(CASES[sys.argv[2]], sys.argv[3]))
+        return
+    options = arguments("Step time and peak memory of DP-SGD over plain SGD")
+    warnings.simplefilter("ignore")
+    metrics: list[Metric] = []
+    runs: dict[str, Any] = {}
+    for name, rounds in (QUICK_ROUNDS if options.quick else ROUNDS).items():
+        case = CASES[name]
+        torch.set_num_threads(case.threads)
+        samples = interleaved(steppers(case), rounds=rounds, warm_up=2)
+        ratios = {label: _ratio(sample, samples["plain"]) for label, sample in samples.items()}
+        memory = {label: _peak(case, label) for label in ("plain", "ours")}
+        metrics.append(Metric(f"{name}_ratio", ratios["ours"], "x", case.target))
+        metrics.append(Metric(f"{name}_memory_ratio", memory["ours"] / memory["plain"], "x", MAX_MEMORY_RATIO))
+        runs[name] = {
+            label: {
+                **samples[label].summary(),
+                "ratio": ratios[label],
+                "rate_per_s": case.batch / samples[label].median_s,
+            }
+            for label in samples
+        }
+        runs[name]["peak_bytes"] = memory
+        _print(case, samples, ratios)
+    report(metrics, runs, machine("torch", "opacus", "numpy"), options.json)
+
+
+def steppers(case: Case) -> dict[str, Callable[[], None]]:
+    """The plain step, ours, and the others that know every layer of the network."""
+    return {
+        "plain": plain_step(case),
+        "ours": ours(case),
+        "Opacus hooks": dp_peers.opacus_per_sample(case, mode="hooks"),
+        "Opacus functorch": dp_peers.opacus_per_sample(case, mode="functorch"),
+        "Opacus ghost": dp_peers.opacus_ghost(case),
+        "fastDP-style": dp_peers.fastdp_style(case),
+        "vmap(grad)": dp_peers.vmap_of_grad(case),
+    }
+
+
+def ours(case: Case) -> Callable[[], None]:
+    """The worker's own step, all records in every batch."""
+    features, targets = case.records()
+    plan = Training(
+        loss="cross_entropy",
+        optimizer=SGD(lr=LEARNING_RATE),
+        steps=MAX_STEPS,
+        clipping_norm=CLIPPING_NORM,
+        noise_multiplier=NOISE_MULTIPLIER,
+    )
+    owner = OwnerData("north", features, targets, Fraction(1))
+    return Trainer(case.model(), [owner], plan, expected_batch=Fraction(case.batch), seed=bytes(32)).step
+
+
+def peak_bytes(case: Case, label: str) -> int:
+    """The largest resident size of this process once it has taken a few steps."""
+    torch.set_num_threads(case.threads)
+    step = {"plain": partial(plain_step, case), "ours": partial(ours, case)}[label]()
+    for _ in range(MEMORY_STEPS):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak(case: Case, label: str) -> int:
+    command = [sys.executable, "-W", "ignore", __file__, "--peak", case.name, label]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _ratio(sample: Samples, plain: Samples) -> float:
+    return statistics.median(a / b for a, b in zip(sample.seconds, plain.seconds, strict=True))
+
+
+def _print(case: Case, samples: dict[str, Samples], ratios: dict[str, float]) -> None:
+    threads = f"{case.threads} thread{'s' if case.threads > 1 else ''}"
+    table = Table("", "median ms", "× plain", "records/s", title=f"{case.name}, batch {case.batch}, {threads}")
+    for label, sample in samples.items():
+        rate = case.batch / sample.median_s
+        table.add_row(label, f"{1e3 * sample.median_s:.2f}", f"{ratios[label]:.2f}", f"{rate:.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
