@@ -1,9 +1,10 @@
 """How long it takes to verify one SEV-SNP report, beside omne-attest 0.1.0, in one run.
 
 Both get the same bytes: a real Milan report (version 3) with its VCEK, ASK and ARK. Both start from DER each time, and both
-make these checks: length, version, signature algorithm; the ARK by its SHA-256; RSA-PSS signatures of ARK, ASK and VCEK;
-a P-384 key; the report's ECDSA signature; hwID; four TCB components against the certificate; measurement, report data,
-VMPL, DEBUG, a TCB floor.
+make these checks: length, version, signature algorithm; the ARK by its SHA-256; RSA-PSS signatures of ASK and VCEK; a P-384
+key; the report's ECDSA signature; hwID; four TCB components against the certificate; measurement, report data, VMPL, DEBUG, a
+TCB floor. Theirs also verifies the ARK's signature by itself each time; ours knows it for AMD's three roots by their SHA-256,
+and verifies it for every other root (as in ``full_with_list_vs_omne``).
 
 Ours makes 24 more, all on here: every reserved field and all 72 bytes of R and S, signer info, both AlgorithmIdentifiers,
 key sizes, names, exact issuers, basic constraints and key usage, canonical extensions, three validity periods, product by

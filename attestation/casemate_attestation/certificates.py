@@ -261,7 +261,7 @@ def _crl_parts(der: bytes) -> _Parts:
 
 
 def _common_name(name: bytes) -> str | None:
-    """The one common name in a DER ``Name``; None if there is none, or more than one. All its texts have to be texts."""
+    """The one common name in a DER ``Name``; None if there is none, or more than one."""
     found: list[str] = []
     _, rdn, end = _element(name, 0)
     while rdn < end:
@@ -269,10 +269,9 @@ def _common_name(name: bytes) -> str | None:
         while attribute < rdn:
             _, oid, attribute = _element(name, attribute)
             value = oid + 2 + name[oid + 1]  # the library reads no OID whose length is not short
-            tag, start, stop = _element(name, value)
-            text = name[start:stop].decode("utf-8") if tag in _TEXT else ""
             if name[oid:value] == _COMMON_NAME_OID:
-                found.append(text)
+                tag, start, stop = _element(name, value)
+                found.append(name[start:stop].decode("utf-8") if tag in _TEXT else "")
     return found[0] if len(found) == 1 else None
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from casemate_attestation.certificates import parse_certificate, signed_by
 from casemate_attestation.chain import ChainCache, JudgedChain, judge_chain, parse_chain
 from casemate_attestation.verdict import Verdict
 from casemate_attestation.verify import verify
-from casemate_schemas.attestation_policy import AcceptedProduct
+from casemate_schemas.attestation_policy import AMD_ROOTS, AcceptedProduct
 from casemate_schemas.errors import ParameterError
 
 from .conftest import Bench, MakeBench
+
+ROOTS = Path(__file__).parents[2] / "vectors" / "snp" / "roots"
 
 
 def verified(bench: Bench, chains: ChainCache | None, report: bytes | None = None, **changed: Any) -> Verdict:
@@ -109,3 +114,26 @@ def test_threads_share_it(make_bench: MakeBench) -> None:
     for thread in threads:
         thread.join()
     assert len(outcomes) == 4 * 2 * 18 and all(outcomes)
+
+
+@pytest.mark.parametrize("name", ["milan", "genoa", "turin"])
+def test_amds_roots_signed_themselves(name: str) -> None:
+    """What :func:`judge_chain` knows by heart of exactly these three files."""
+    der = (ROOTS / f"ark_{name}.der").read_bytes()
+    assert hashlib.sha256(der).digest() in AMD_ROOTS and len(AMD_ROOTS) == 3
+    ark = parse_certificate(der)
+    assert ark.issuer == ark.subject and signed_by(ark.tbs, ark.signature, ark)
+
+
+def test_any_other_root_has_to_have_signed_itself(milan: Bench) -> None:
+    vek, intermediate, ark = milan.chip.certificates
+    broken = ark[:-1] + bytes([ark[-1] ^ 1])
+    by_itself = "a signature on 'ARK-Milan' that is not by 'ARK-Milan'"
+    assert judged(milan).problem is None
+    assert judge_chain(parse_chain((vek, intermediate, broken))).problem == by_itself
+    real = (ROOTS / "ark_milan.der").read_bytes()
+    changed = real[:-1] + bytes([real[-1] ^ 1])
+    names = ("milan-v3-azure-v0.vek.der", "roots/ask_milan.der")
+    chain = tuple((ROOTS.parent / name).read_bytes() for name in names)
+    assert judge_chain(parse_chain((*chain, real))).problem is None
+    assert judge_chain(parse_chain((*chain, changed))).problem == by_itself
