@@ -236,7 +236,7 @@ def _certificate_parts(der: bytes) -> _Parts:
     _, _, validity = _element(der, issuer)
     _, _, subject = _element(der, validity)
     _, _, end = _element(der, subject)
-    _, _, signature = _element(der, outer)
+    signature = _before_whole_bytes(der, outer)
     return _Parts(
         tbs=der[tbs:outer],
         algorithm=der[algorithm:issuer],
@@ -256,12 +256,24 @@ def _crl_parts(der: bytes) -> _Parts:
         algorithm = after
     _, _, issuer = _element(der, algorithm)
     _, _, end = _element(der, issuer)
-    _, _, signature = _element(der, outer)
+    signature = _before_whole_bytes(der, outer)
     return _Parts(der[tbs:outer], der[algorithm:issuer], der[outer:signature], der[issuer:end], b"", 0)
 
 
+def _before_whole_bytes(der: bytes, algorithm: int) -> int:
+    """Where the signature begins that follows the element at ``algorithm``: a BIT STRING of which no bit is left out.
+
+    The library passes over the count of bits left out, which nobody signed: the same certificate would have several files.
+    """
+    _, _, start = _element(der, algorithm)
+    _, bits, _ = _element(der, start)
+    if der[bits] != 0:
+        raise MalformedError("a signature that is not of whole bytes")
+    return start
+
+
 def _common_name(name: bytes) -> str | None:
-    """The one common name in a DER ``Name``; None if there is none, or more than one."""
+    """The one common name in a DER ``Name``; None if there is none, or more than one. All its texts have to be texts."""
     found: list[str] = []
     _, rdn, end = _element(name, 0)
     while rdn < end:
@@ -269,9 +281,10 @@ def _common_name(name: bytes) -> str | None:
         while attribute < rdn:
             _, oid, attribute = _element(name, attribute)
             value = oid + 2 + name[oid + 1]  # the library reads no OID whose length is not short
+            tag, start, stop = _element(name, value)
+            text = name[start:stop].decode("utf-8") if tag in _TEXT else ""
             if name[oid:value] == _COMMON_NAME_OID:
-                tag, start, stop = _element(name, value)
-                found.append(name[start:stop].decode("utf-8") if tag in _TEXT else "")
+                found.append(text)
     return found[0] if len(found) == 1 else None
 
 

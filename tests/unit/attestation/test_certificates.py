@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
-from casemate_attestation.certificates import parse_certificate, vek_profile
+from casemate_attestation.certificates import parse_certificate, parse_crl, vek_profile
 from casemate_schemas.errors import MalformedError, VerificationError
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -76,3 +77,26 @@ def test_a_certificate_of_the_first_version(milan: Bench) -> None:
     assert parse_certificate(first).serial_number == 1
     with pytest.raises(VerificationError, match="version 3"):
         vek_profile(parse_certificate(first))
+
+
+def with_bits_left_out(der: bytes) -> bytes:
+    """The same certificate or list, whose RSA signature ends four zero bits earlier: it must end with them."""
+    assert der[-514:-512] == b"\x01\x00" and not der[-1] & 0x0F  # the length's last byte, and no bits left out
+    return der[:-513] + b"\x04" + der[-512:]
+
+
+def ending_with_zero_bits(issue: Callable[[], bytes]) -> bytes:
+    """One in sixteen does: signatures are salted."""
+    return next(der for der in iter(issue, None) if not der[-1] & 0x0F)
+
+
+def test_a_signature_is_of_whole_bytes(milan: Bench) -> None:
+    """Nobody signs how many bits of a signature count, and the library does not ask."""
+    vek = ending_with_zero_bits(lambda: milan.authority.issue_chip().certificates[0])
+    assert x509.load_der_x509_certificate(with_bits_left_out(vek)).signature == parse_certificate(vek).signature
+    with pytest.raises(MalformedError, match="whole bytes"):
+        parse_certificate(with_bits_left_out(vek))
+    crl = ending_with_zero_bits(milan.authority.issue_crl)
+    assert parse_crl(crl).signature == x509.load_der_x509_crl(with_bits_left_out(crl)).signature
+    with pytest.raises(MalformedError, match="whole bytes"):
+        parse_crl(with_bits_left_out(crl))
