@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 import threading
 from pathlib import Path
 from typing import Final, Self
 
+from casemate_messaging.files import write_durably
 from casemate_schemas.errors import IntegrityError
 
 from .database import State, get_meta, set_meta
@@ -94,22 +94,9 @@ def _read(path: Path) -> bytes:
 
 
 def _create(path: Path) -> bytes:
-    """Written under another name first: under its own, a file is whole or not there, whenever the power fails."""
     secret = secrets.token_bytes(SECRET_BYTES)
-    new = path.with_name(f"new-{path.name}")
-    new.unlink(missing_ok=True)
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_durably(path, secret)
     except OSError as error:
         raise IntegrityError(f"cannot write {path}: {error.strerror}") from error
     return secret

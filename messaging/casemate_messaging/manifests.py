@@ -8,7 +8,6 @@ is verified against the version it has already; NATS and the gateway can withhol
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -38,6 +37,7 @@ from nats.aio.client import Client
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 from .direct import read_last
+from .files import write_durably
 from .logs import ProgramLog
 from .settings import ProgramSettings, read_file
 
@@ -251,20 +251,9 @@ def _read(path: Path) -> ManifestChain:
 
 
 def _write(path: Path, chain: bytes) -> None:
-    """Beside it, then renamed: a reader finds the old or the new one, also after a power cut."""
-    draft = path.with_suffix(".new")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(chain)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_durably(path, chain)
     except OSError as error:
         raise StorageFullError(f"cannot keep the manifests in {path}: {error.strerror}") from error
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from casemate_messaging.files import write_durably
 from casemate_schemas.admission import Submission
 from casemate_schemas.codec import Digest, M, WireModel, decode, encode
 from casemate_schemas.consortium import Consortium, KeyBroker, ManifestChain, verify_chain
@@ -113,13 +114,8 @@ class State:
             raise IntegrityError(f"{self._folder / name} is broken: {error}") from error
 
     def _write(self, name: str, message: WireModel) -> None:
-        temporary = self._folder / f".{name}.new"
         try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(encode(message))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._folder / name)
+            write_durably(self._folder / name, encode(message))
         except OSError as error:
             raise SetupError(f"cannot write {self._folder / name}: {error.strerror}") from error
 
