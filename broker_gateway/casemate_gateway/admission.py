@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -76,7 +77,9 @@ class Admission:
         key_broker_timeout_s: float,
         retry_s: float,
         max_wait_s: float,
+        counted: Callable[[Counter[JobState], float], None] = lambda _states, _oldest: None,
     ) -> None:
+        """``counted`` hears at each reconciliation of jobs by state, and how many seconds the oldest one queues."""
         self._client = client
         self._consortium = consortium
         self._jobs = jobs
@@ -90,6 +93,7 @@ class Admission:
         self._key_broker_timeout_s = key_broker_timeout_s
         self._retry_s = retry_s
         self._max_wait_s = max_wait_s
+        self._counted = counted
         self._woken: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._rounds = asyncio.Semaphore(MAX_CONCURRENT_ROUNDS)
@@ -126,8 +130,12 @@ class Admission:
         2. Jobs that wait for approval are taken up.
         3. Jobs that wait for a worker, or have one, have their message in the queue: should it be lost, it is put back.
         """
-        found = [(record.job_id, record.state, record.deadline) async for record, _ in self._jobs.list()]
-        for job_id, state, deadline in found:
+        found = [
+            (record.job_id, record.state, record.deadline, record.updated) async for record, _ in self._jobs.list()
+        ]
+        queued = [updated for _, state, _, updated in found if state == "queued"]
+        self._counted(Counter(state for _, state, *_ in found), (self._clock() - min(queued)) / 1000 if queued else 0.0)
+        for job_id, state, deadline, _ in found:
             if state in _EXPIRING and deadline is not None and self._clock() >= deadline:
                 await self._expire(job_id)
             elif state == "awaiting_approval":

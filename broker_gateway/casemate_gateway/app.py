@@ -36,7 +36,9 @@ from nats.aio.client import Client
 from .admission import Admission
 from .authentication import Authenticator
 from .gateway import GATEWAY, Gateway, Places
+from .limits import Doorkeeper, Pace, TokenBuckets
 from .logs import quiet_logger
+from .metrics import Metrics, make_metrics_app
 from .problems import error_boundary
 from .records import RecordReader
 from .routes import consortium, envelopes, health, jobs, key_brokers, results
@@ -45,7 +47,6 @@ from .tasks import begin, end
 from .transitions import Transitions
 
 SHUTDOWN_TIMEOUT_S: Final = 3.0
-KEEPALIVE_S: Final = 75.0
 MAX_HEADER_LINE_BYTES: Final = 16 << 10
 
 
@@ -75,6 +76,8 @@ def make_gateway(
     job_store, job_events, queue = JobStore(client), JobEvents(client), WorkQueue(client)
     records = RecordReader(lambda: manifests.versions)
     transitions = Transitions(job_store, job_events, log, clock)
+    requests = TokenBuckets(settings.requests_per_s_per_member, settings.request_burst_per_member, time.monotonic)
+    metrics = Metrics()
     admission = Admission(
         client,
         consortium=consortium,
@@ -89,6 +92,7 @@ def make_gateway(
         key_broker_timeout_s=settings.key_broker_timeout_s,
         retry_s=settings.precheck_retry_s,
         max_wait_s=settings.approval_poll_s,
+        counted=metrics.jobs,
     )
     return Gateway(
         settings=settings,
@@ -97,7 +101,7 @@ def make_gateway(
         revocations=revoked,
         revocation_store=RevocationStore(client),
         client=client,
-        authenticator=Authenticator(consortium, NonceStore(client), origin=origin, clock=clock),
+        authenticator=Authenticator(consortium, NonceStore(client), requests, origin=origin, clock=clock),
         blobs=blobs,
         envelopes=envelope_store,
         jobs=job_store,
@@ -111,12 +115,15 @@ def make_gateway(
         uploads=Places(settings.max_uploads),
         downloads=Places(settings.max_downloads),
         event_streams=Places(settings.max_event_streams),
+        requests=requests,
+        pace=Pace(settings.poll_after_s, settings.polls_per_s, time.monotonic),
+        metrics=metrics,
     )
 
 
 def make_app(gateway: Gateway) -> web.Application:
     """The HTTP application: every path there is."""
-    app = web.Application(middlewares=[error_boundary(gateway.log)])
+    app = web.Application(middlewares=[error_boundary(gateway.log, gateway.metrics)])
     app[GATEWAY] = gateway
     app[health.READINESS] = health.Readiness(gateway.client, _stream_settings(gateway.settings))
     job = JOBS_PATH + "/{job_id}"
@@ -164,7 +171,8 @@ async def running(
     await _share_manifests(manifests, client)
     await follower.catch_up()
     await revoking.catch_up()
-    with _listening(settings) as listener:
+    stack = contextlib.AsyncExitStack()
+    with _listening(settings.host, settings.port) as listener:
         origin = settings.public_url or _address(settings.host, listener)
         gateway = make_gateway(settings, client, manifests, revocations, origin=origin, log=log, clock=clock)
         runner = web.AppRunner(
@@ -172,15 +180,18 @@ async def running(
             access_log=None,
             logger=quiet_logger(log),
             auto_decompress=False,
-            keepalive_timeout=KEEPALIVE_S,
+            keepalive_timeout=settings.idle_connection_s,
             max_line_size=MAX_HEADER_LINE_BYTES,
             max_field_size=MAX_HEADER_LINE_BYTES,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         )
         await runner.setup()
         background: list[asyncio.Task[None]] = []
+        entrance = _entrance(runner, settings.max_connections)
         try:
-            await web.SockSite(runner, listener).start()
+            server = await asyncio.get_running_loop().create_server(entrance, sock=listener)
+            stack.callback(server.close)
+            await _show_metrics(settings, gateway, stack, log)
             for work in (
                 gateway.admission.run(settings.reconcile_every_s),
                 follower.run(),
@@ -191,6 +202,7 @@ async def running(
             yield _address(settings.host, listener), gateway
         finally:
             gateway.stopping.set()
+            await stack.aclose()
             await runner.cleanup()
             await end(background)
             await gateway.admission.close()
@@ -263,12 +275,40 @@ def _stream_settings(settings: Settings) -> StreamSettings:
     )
 
 
-def _listening(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def _entrance(runner: web.AppRunner, most: int) -> Doorkeeper:
+    server = runner.server
+    if server is None:
+        raise SetupError("the HTTP server was not set up")
+    return Doorkeeper(server, lambda: len(server.connections), most)
+
+
+async def _show_metrics(
+    settings: Settings, gateway: Gateway, stack: contextlib.AsyncExitStack, log: ProgramLog
+) -> None:
+    """Has the operator's listener show the gateway's counts, if there is to be one, until ``stack`` is closed."""
+    if settings.metrics_port is None:
+        return
+    for name, places in (
+        ("uploads", gateway.uploads),
+        ("downloads", gateway.downloads),
+        ("watchers", gateway.event_streams),
+    ):
+        gateway.metrics.gauge(f"casemate_gateway_{name}", f"{name.capitalize()} under way.", places.held)
+    listener = _listening(settings.metrics_host, settings.metrics_port)
+    runner = web.AppRunner(make_metrics_app(gateway.metrics), access_log=None, logger=quiet_logger(log))
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener).start()
+    gateway.metrics.address = _address(settings.metrics_host, listener)
+    log.info("metrics", address=gateway.metrics.address)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family)
+        return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise SetupError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        raise SetupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def _address(host: str, listener: socket.socket) -> str:

@@ -37,6 +37,8 @@ from http_message_signatures import (
 )
 from multidict import CIMultiDictProxy
 
+from .limits import TokenBuckets
+
 MIN_NONCE_CHARS: Final = 16
 MAX_NONCE_CHARS: Final = 128
 
@@ -71,11 +73,18 @@ class Authenticator:
     """Establishes who sent a request to the gateway at ``origin`` (``scheme://host[:port]``)."""
 
     def __init__(
-        self, consortium: Callable[[], Consortium], nonces: NonceStore, *, origin: str, clock: Callable[[], int]
+        self,
+        consortium: Callable[[], Consortium],
+        nonces: NonceStore,
+        requests: TokenBuckets,
+        *,
+        origin: str,
+        clock: Callable[[], int],
     ) -> None:
-        """``consortium`` gives the newest one known."""
+        """``consortium`` gives the newest one known, ``requests`` what members may still ask."""
         self._consortium = consortium
         self._nonces = nonces
+        self._requests = requests
         self._origin = origin
         self._clock = clock
 
@@ -86,9 +95,10 @@ class Authenticator:
         2. The one signature of our label and tag is by the delegation's key and covers method, target, content digest
            and delegation; it was made within :data:`SIGNATURE_WINDOW_S` of now, for this gateway's origin.
         3. The content digest is a SHA-256, for the body's reader to check.
-        4. The nonce was never seen before. It is recorded last, so only a signed request can fill the store.
+        4. The member does not ask too often, replayed requests not counted.
+        5. The nonce was never seen before. It is recorded last, so only a signed request can fill the store.
 
-        Raises :class:`AuthenticationError`, :class:`SignatureError` or :class:`MalformedError`, and
+        Raises :class:`AuthenticationError`, :class:`SignatureError`, :class:`MalformedError` or :class:`ThrottledError`, and
         :class:`UnavailableError` if nonces cannot be recorded.
         """
         signed = _delegation(request)
@@ -96,7 +106,8 @@ class Authenticator:
         person = Person(verify_delegation(signed, self._consortium(), at=now_ms), signed)
         result = self._verified(request, person, now_ms)
         digest = _content_digest(request)
-        await self._use_nonce(person, result.nonce)
+        with self._requests.one(person.member):  # 4
+            await self._use_nonce(person, result.nonce)  # 5
         return Authenticated(person, digest)
 
     def _verified(self, request: web.BaseRequest, person: Person, now_ms: int) -> VerifyResult:

@@ -25,6 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 from .admission import Admission
 from .authentication import Authenticator, Person
 from .bodies import Body
+from .limits import Pace, TokenBuckets
+from .metrics import Metrics
 from .records import Job, RecordReader, no_such_job
 from .settings import Settings
 from .transitions import Transitions
@@ -36,7 +38,12 @@ class Places:
     """At most ``count`` at once; who finds none is told to come back."""
 
     def __init__(self, count: int) -> None:
+        self._count = count
         self.free = count
+
+    def held(self) -> int:
+        """How many are taken."""
+        return self._count - self.free
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
@@ -74,6 +81,9 @@ class Gateway:
     uploads: Places
     downloads: Places
     event_streams: Places
+    requests: TokenBuckets
+    pace: Pace
+    metrics: Metrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

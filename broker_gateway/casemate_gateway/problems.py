@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from http import HTTPStatus
 from time import monotonic
 
@@ -13,10 +14,13 @@ from casemate_schemas.errors import (
     CasemateError,
     MalformedError,
     NotFoundError,
+    ThrottledError,
     TooLargeError,
     UnavailableError,
     problem_of,
 )
+
+from .metrics import Metrics
 
 RETRY_AFTER_S = 5
 
@@ -27,8 +31,12 @@ def problem(error: CasemateError) -> web.Response:
     """The answer to a request that raised ``error``: below 500 with its text, which speaks of the request alone."""
     status = problem_of(error).status
     told = str(error) if status < 500 else HTTPStatus(status).description
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UnavailableError) else None
+    headers = {"Retry-After": str(_retry_after_s(error))} if isinstance(error, UnavailableError) else None
     return problem_response(status, error.reason, told, headers)
+
+
+def _retry_after_s(error: UnavailableError) -> int:
+    return max(1, math.ceil(error.retry_after_s)) if isinstance(error, ThrottledError) else RETRY_AFTER_S
 
 
 def problem_response(status: int, reason: str, detail: str, headers: dict[str, str] | None = None) -> web.Response:
@@ -50,7 +58,7 @@ def http_problem(error: web.HTTPException) -> web.Response:
     return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
 
 
-def error_boundary(log: ProgramLog) -> Middleware:
+def error_boundary(log: ProgramLog, metrics: Metrics) -> Middleware:
     """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log.
 
     Of an error that nobody foresaw the class is logged, and nothing of it is told.
@@ -70,6 +78,7 @@ def error_boundary(log: ProgramLog) -> Middleware:
             reason = CasemateError.reason
             log.error("unexpected", error=type(error).__name__, route=_route(request))
             response = problem_response(500, reason, HTTPStatus(500).description)
+        metrics.request(_route(request), request.method, response.status, monotonic() - started)
         _log(log, request, response, reason, started)
         return response
 

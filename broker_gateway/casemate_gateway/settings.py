@@ -52,7 +52,18 @@ class Settings(ProgramSettings):
     heartbeat_s: Seconds = 15.0
     """How often a quiet event stream shows that it lives."""
     poll_after_s: Annotated[int, Field(ge=1, le=3600)] = 2
-    """What ``Retry-After`` tells those who poll."""
+    """What ``Retry-After`` tells those who poll, or more while many do."""
+    polls_per_s: Annotated[float, Field(gt=0)] = 100.0
+    """How often all who poll should come, together."""
+
+    requests_per_s_per_member: Annotated[float, Field(gt=0)] = 200.0
+    request_burst_per_member: Annotated[int, Field(ge=1)] = 1000
+    max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 8192
+    idle_connection_s: Seconds = 75.0
+    """How long a connection may go without a whole request head: slow heads end here too."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Where ``/metrics`` is, if anywhere; 0 takes a free port. It names no one, but only operators need it."""
 
     ack_wait_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
     """How long a worker may be silent before its job goes to another one; workers speak up each ``heartbeat_s`` of theirs."""

@@ -230,6 +230,7 @@ PROBLEMS: dict[type[CasemateError], Problem] = {
     TrainingError: Problem(500, "term"),
     UnavailableError: Problem(503, "nak"),
     StorageFullError: Problem(507, "nak"),
+    ThrottledError: Problem(429, "nak"),
     SetupError: Problem(500, "redeliver"),
 }
 """One row for each class that is answered in its own way; other classes take their nearest ancestor's."""

@@ -148,15 +148,24 @@ async def _send_events(gateway: Gateway, job_id: str, after: int, response: web.
                 if gateway.stopping.is_set():
                     return
                 if not coming.done():
-                    await response.write(b": still here\n\n")
+                    await _write(gateway, response, b": still here\n\n")
                     await gateway.transitions.tell_end((await gateway.jobs.get(job_id))[0])
                     continue
                 if (found := coming.result()) is None:
                     return
-                await response.write(_frame(*found))
+                await _write(gateway, response, _frame(*found))
                 coming = asyncio.create_task(anext(followed, None))
         finally:
             await end([stopping, coming])
+
+
+async def _write(gateway: Gateway, response: web.StreamResponse, data: bytes) -> None:
+    """Raises :class:`ConnectionError` if the watcher has not read what came before for ``body_idle_s``: its place is wanted."""
+    try:
+        async with asyncio.timeout(gateway.settings.body_idle_s):
+            await response.write(data)
+    except TimeoutError as error:
+        raise ConnectionAbortedError("the watcher does not read") from error
 
 
 def _frame(sequence: int, event: JobEvent) -> bytes:
@@ -288,7 +297,7 @@ def _with_headers(gateway: Gateway, response: web.Response, job: Job, revision: 
     response.etag = _etag(revision)
     response.headers["Location"] = f"{JOBS_PATH}/{job.record.job_id}"
     if job.record.state not in TERMINAL:
-        response.headers["Retry-After"] = str(gateway.settings.poll_after_s)
+        response.headers["Retry-After"] = str(gateway.pace.after_s())
     return response
 
 

@@ -9,8 +9,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from casemate_gateway.authentication import Authenticated, Authenticator
+from casemate_gateway.limits import TokenBuckets
 from casemate_schemas.codec import encode
-from casemate_schemas.errors import AuthenticationError, CasemateError, MalformedError, SignatureError
+from casemate_schemas.errors import AuthenticationError, CasemateError, MalformedError, SignatureError, ThrottledError
 from casemate_schemas.grant import NonceRequest
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.signatures import sign
@@ -36,6 +37,11 @@ class Nonces:
         return new
 
 
+def tokens(count: int = 1000) -> TokenBuckets:
+    """So many requests for each member, and no more: the clock stands still."""
+    return TokenBuckets(1.0, count, lambda: 0.0)
+
+
 @pytest.fixture
 def keys() -> ConsortiumKeys:
     return consortium_for_tests()
@@ -53,7 +59,7 @@ def nonces() -> Nonces:
 
 @pytest.fixture
 def authenticator(keys: ConsortiumKeys, nonces: Nonces) -> Authenticator:
-    return Authenticator(lambda: keys.consortium, nonces, origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
+    return Authenticator(lambda: keys.consortium, nonces, tokens(), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
 
 
 def received(request: SignedRequest) -> web.Request:
@@ -89,6 +95,22 @@ async def test_outside_the_window(authenticator: Authenticator, clara: PersonKey
 async def test_a_signature_past_its_own_expiry(authenticator: Authenticator, clara: PersonKeys) -> None:
     with pytest.raises(SignatureError):
         await authenticator.authenticate(received(by(clara, now_ms=NOW - 10_000, expires_ms=NOW - 1000)))
+
+
+async def test_a_member_who_asks_too_often_is_told_to_wait_and_a_replay_costs_it_nothing(
+    keys: ConsortiumKeys, clara: PersonKeys, nonces: Nonces
+) -> None:
+    authenticator = Authenticator(lambda: keys.consortium, nonces, tokens(2), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
+    first = received(by(clara))
+    await authenticator.authenticate(first)
+    for _ in range(5):
+        with pytest.raises(AuthenticationError, match="received before"):
+            await authenticator.authenticate(first)
+    await authenticator.authenticate(received(by(clara)))
+    third = received(by(clara))
+    with pytest.raises(ThrottledError):
+        await authenticator.authenticate(third)
+    assert len(nonces.seen) == 2
 
 
 async def test_a_replay_is_refused(authenticator: Authenticator, clara: PersonKeys, nonces: Nonces) -> None:
@@ -273,7 +295,7 @@ async def test_an_absolute_request_target(authenticator: Authenticator, clara: P
 )
 def test_no_header_leads_outside_the_error_tree(signature_input: str, signature: str, digest: str) -> None:
     keys = consortium_for_tests()
-    authenticator = Authenticator(lambda: keys.consortium, Nonces(), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
+    authenticator = Authenticator(lambda: keys.consortium, Nonces(), tokens(), origin=ORIGIN, clock=lambda: NOW)  # type: ignore[arg-type]
     request = by(_CLARA)
     request.headers |= {"Signature-Input": signature_input, "Signature": signature, "Content-Digest": digest}
     with pytest.raises(CasemateError):

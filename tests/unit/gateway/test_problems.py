@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from casemate_gateway.metrics import Metrics
 from casemate_gateway.problems import error_boundary, problem
 from casemate_messaging.logs import ProgramLog
 from casemate_schemas import errors
@@ -43,7 +44,7 @@ async def raises(request: web.Request) -> web.Response:
 
 @pytest.fixture
 async def client() -> AsyncIterator[TestClient[web.Request, web.Application]]:
-    app = web.Application(middlewares=[error_boundary(ProgramLog("gateway"))])
+    app = web.Application(middlewares=[error_boundary(ProgramLog("gateway"), Metrics())])
     app.add_routes([web.get("/raises/{secret}", raises)])
     async with TestClient(TestServer(app)) as client:
         yield client
