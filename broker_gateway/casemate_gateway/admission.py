@@ -42,7 +42,9 @@ from casemate_schemas.job_state import (
 from casemate_schemas.signatures import Signed
 from nats.aio.client import Client
 
+from .dispatch import Dispatcher
 from .records import Job, RecordReader
+from .schedule import Entry
 from .tasks import end
 from .transitions import Transitions
 
@@ -70,6 +72,7 @@ class Admission:
         blobs: BlobStore,
         envelopes: EnvelopeStore,
         queue: WorkQueue,
+        dispatcher: Dispatcher,
         transitions: Transitions,
         records: RecordReader,
         log: ProgramLog,
@@ -86,6 +89,7 @@ class Admission:
         self._blobs = blobs
         self._envelopes = envelopes
         self._queue = queue
+        self._dispatcher = dispatcher
         self._transitions = transitions
         self._records = records
         self._log = log
@@ -128,20 +132,25 @@ class Admission:
 
         1. Jobs past their deadline expire, and leave the queue.
         2. Jobs that wait for approval are taken up.
-        3. Jobs that wait for a worker, or have one, have their message in the queue: should it be lost, it is put back.
+        3. Jobs that a worker has, or should have, have their message in the queue: should it be lost, it is put back.
+        4. Jobs that wait for a worker are dispatched in their turn.
         """
-        found = [
-            (record.job_id, record.state, record.deadline, record.updated) async for record, _ in self._jobs.list()
-        ]
-        queued = [updated for _, state, _, updated in found if state == "queued"]
-        self._counted(Counter(state for _, state, *_ in found), (self._clock() - min(queued)) / 1000 if queued else 0.0)
-        for job_id, state, deadline, _ in found:
-            if state in _EXPIRING and deadline is not None and self._clock() >= deadline:
-                await self._expire(job_id)
-            elif state == "awaiting_approval":
-                self.take_up(job_id)
-            elif state not in TERMINAL:
-                await self._queue.publish(job_id)
+        states, going, queued = Counter[JobState](), list[tuple[Entry, int | None]](), list[int]()
+        async for record, _ in self._jobs.list():
+            states[record.state] += 1
+            if record.state == "queued":
+                queued.append(record.updated)
+            if record.state not in TERMINAL and (entry := self._dispatcher.entry(record)) is not None:
+                going.append((entry, record.deadline))
+        self._counted(states, (self._clock() - min(queued)) / 1000 if queued else 0.0)
+        for entry, deadline in going:
+            if entry.state in _EXPIRING and deadline is not None and self._clock() >= deadline:  # 1
+                await self._expire(entry.job_id)
+            elif entry.state == "awaiting_approval":  # 2
+                self.take_up(entry.job_id)
+            elif entry.state != "queued":  # 3
+                await self._queue.publish(entry.job_id)
+        await self._dispatcher.reconcile([entry for entry, _ in going])  # 3, 4
 
     async def close(self) -> None:
         """Stops where it is; another admission goes on from the records."""
@@ -181,8 +190,7 @@ class Admission:
         1. A job that waits no more, or no longer may, is left alone or expires.
         2. Every key broker that has not answered is asked, all at once; each answer is stored as it comes.
         3. One refusal ends the job, whatever the others would say.
-        4. With every yes the message is queued first and the state follows: a crash in between leaves a message that
-           workers hand back until the state is there.
+        4. With every yes the job is queued: from there on it is dispatched, by whichever gateway comes to it first.
         """
         record, _ = await self._jobs.get(job_id)
         if record.state != "awaiting_approval":
@@ -200,8 +208,7 @@ class Admission:
         pending = [approval for approval in record.approvals.values() if approval.verdict == "pending"]
         if pending:
             return "approvals" if all(approval.answer for approval in pending) else "answers"
-        await self._queue.publish(job_id)
-        await self._transitions.move(job_id, "queued")
+        self._dispatcher.see(await self._transitions.move(job_id, "queued"))
         return "nothing"
 
     async def _ask_pending(self, record: JobRecord) -> JobRecord:

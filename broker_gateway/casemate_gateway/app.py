@@ -35,6 +35,7 @@ from nats.aio.client import Client
 
 from .admission import Admission
 from .authentication import Authenticator
+from .dispatch import Dispatcher
 from .gateway import GATEWAY, Gateway, Places
 from .limits import Doorkeeper, Pace, TokenBuckets
 from .logs import quiet_logger
@@ -75,6 +76,7 @@ def make_gateway(
     envelope_store = EnvelopeStore(client, blobs)
     job_store, job_events, queue = JobStore(client), JobEvents(client), WorkQueue(client)
     records = RecordReader(lambda: manifests.versions)
+    dispatcher = Dispatcher(client, {"cpu": queue}, job_store, records, log, clock)
     transitions = Transitions(job_store, job_events, log, clock)
     requests = TokenBuckets(settings.requests_per_s_per_member, settings.request_burst_per_member, time.monotonic)
     metrics = Metrics()
@@ -85,6 +87,7 @@ def make_gateway(
         blobs=blobs,
         envelopes=envelope_store,
         queue=queue,
+        dispatcher=dispatcher,
         transitions=transitions,
         records=records,
         log=log,
@@ -109,6 +112,7 @@ def make_gateway(
         events=job_events,
         queue=queue,
         transitions=transitions,
+        dispatcher=dispatcher,
         admission=admission,
         log=log,
         clock=clock,
@@ -194,6 +198,7 @@ async def running(
             await _show_metrics(settings, gateway, stack, log)
             for work in (
                 gateway.admission.run(settings.reconcile_every_s),
+                gateway.dispatcher.run(),
                 follower.run(),
                 revoking.run(),
                 _sweep(client, settings.sweep_every_s, log, clock),

@@ -25,6 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from .admission import Admission
 from .authentication import Authenticator, Person
 from .bodies import Body
+from .dispatch import Dispatcher
 from .limits import Pace, TokenBuckets
 from .metrics import Metrics
 from .records import Job, RecordReader, no_such_job
@@ -75,6 +76,7 @@ class Gateway:
     events: JobEvents
     queue: WorkQueue
     transitions: Transitions
+    dispatcher: Dispatcher
     admission: Admission
     log: ProgramLog
     clock: Callable[[], int]

@@ -1,12 +1,14 @@
-"""``casemate-worker --settings FILE``: one enclave worker."""
+"""``casemate-worker --settings FILE [--settings FILE ...]``: one enclave worker, of one consortium or of several in turn."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from casemate_attestation.guest import CertificateSource, ConfigfsGuest, GuestDriver, SimulatedGuest
@@ -23,18 +25,25 @@ from casemate_schemas.errors import CasemateError, SetupError
 from .accelerators import refuse_devices
 from .isolation import keep_memory_private
 from .settings import Settings
+from .turns import serve_in_turn
 from .worker import Worker
 
 
 def main() -> None:
-    """Runs until SIGTERM or SIGINT; exit code 0 then, 2 for a wrong set-up."""
+    """Runs until SIGTERM or SIGINT; after SIGUSR1 until the job under way has ended. Exit code 0 then, 2 for a wrong set-up."""
     parser = argparse.ArgumentParser(prog="casemate-worker", description=__doc__)
-    parser.add_argument("--settings", type=Path, required=True, help="TOML file (docs/worker.md)")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        required=True,
+        action="append",
+        help="TOML file; one for each consortium (docs/worker.md)",
+    )
     log = ProgramLog("worker")
     arguments = parser.parse_args()
     try:
         keep_memory_private()
-        asyncio.run(_serve(Settings.load(arguments.settings), log))
+        asyncio.run(_serve([Settings.load(path) for path in arguments.settings], log))
     except CasemateError as error:
         print(f"casemate-worker: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
@@ -74,23 +83,31 @@ def guest_driver(settings: Settings, consortium: Consortium) -> GuestDriver:
     return AzureGuest(certificates)
 
 
-async def _serve(settings: Settings, log: ProgramLog) -> None:
+async def _serve(consortia: Sequence[Settings], log: ProgramLog) -> None:
+    stop, drain = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number, event in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGUSR1, drain)):
+        loop.add_signal_handler(number, event.set)
+    async with contextlib.AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(_worker(settings, log, stop)) for settings in consortia]
+        await serve_in_turn(workers, stop, drain)
+
+
+@contextlib.asynccontextmanager
+async def _worker(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> AsyncIterator[Worker]:
+    """A worker of one consortium, which hears of new manifests; should it stop hearing, it stops."""
     manifests = TrustedManifests.open(settings)
     refuse_devices(simulation=manifests.current.manifest.simulation)
     guest = guest_driver(settings, manifests.current)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.name)
     follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
     following = asyncio.create_task(follower.run())
     following.add_done_callback(lambda _: stop.set())
     try:
         await follower.catch_up()
-        worker = Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
         manifest = manifests.current.manifest
         log.info("ready", worker=settings.name, number=manifest.number, simulation=manifest.simulation)
-        await worker.run(stop)
+        yield Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
         if following.done():
             following.result()
     finally:

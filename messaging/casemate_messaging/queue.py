@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final
 
 from casemate_schemas import subjects
-from casemate_schemas.errors import CasemateError, MalformedError
+from casemate_schemas.errors import CasemateError, MalformedError, UnavailableError
 from casemate_schemas.subjects import ResourceClass
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js import JetStreamContext
+from nats.aio.subscription import Subscription
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 
 _MAX_JOB_ID_BYTES: Final = 65
+_ANSWER_S: Final = 2.0
+_NOTHING: Final = frozenset({"404", "408"})
+"""There is nothing, or there was nothing until the wish expired."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """How many messages no worker has been given yet, and how many workers wait for one."""
+
+    undelivered: int
+    waiting_workers: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,8 @@ class WorkQueue:
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self._resource_class = resource_class
         self._stream = subjects.work_stream(resource_class)
-        self._subscription: JetStreamContext.PullSubscription | None = None
+        self._client = client
+        self._inbox: Subscription | None = None
 
     async def publish(self, job_id: str) -> bool:
         """Queues a job, durably; False if it is already queued or being worked on (or by this call, had NATS broken off).
@@ -87,33 +100,49 @@ class WorkQueue:
         with translated("queueing a job"):
             return await publish_once(self._js, subject, job_id.encode("ascii"))
 
+    async def backlog(self) -> Backlog:
+        """How full the queue is. For the gateway: workers have no permission. Raises :class:`UnavailableError`."""
+        with translated("looking at the work queue"):
+            info = await self._js.consumer_info(self._stream, subjects.WORKER_CONSUMER)
+        return Backlog(info.num_pending or 0, info.num_waiting or 0)
+
     async def remove(self, job_id: str) -> None:
         """Takes a job out of the queue, whether or not a worker has it: for cancelled jobs and dead letters."""
         with translated("removing a job from the queue"):
             await self._js.purge_stream(self._stream, subject=subjects.work(self._resource_class, job_id))
 
     async def pull(self, timeout_s: float) -> Delivery | None:
-        """The next job, or None if there is none for ``timeout_s`` seconds. One caller at a time.
+        """The next job, or None if there is none for ``timeout_s`` seconds (0: if there is none now). One caller at a time.
+
+        The server says when it has nothing, and is given time to say so: a client that stopped listening at the same moment
+        could be sent a job that nobody works on until its ack wait is over.
 
         Raises :class:`UnavailableError` if NATS cannot be asked.
         """
+        wish = {"batch": 1, "expires": int(timeout_s * 1e9)} if timeout_s else {"batch": 1, "no_wait": True}
         with translated("pulling a job"):
-            if self._subscription is None:
-                self._subscription = await self._js.pull_subscribe_bind(
-                    consumer=subjects.WORKER_CONSUMER, stream=self._stream
-                )
+            if self._inbox is None:
+                self._inbox = await self._client.subscribe(self._client.new_inbox())
+            await self._client.publish(
+                subjects.next_delivery(self._resource_class), json.dumps(wish).encode(), reply=self._inbox.subject
+            )
             try:
-                (message,) = await self._subscription.fetch(1, timeout=timeout_s)
-            except TimeoutError:
+                message = await self._inbox.next_msg(timeout_s + _ANSWER_S)
+            except TimeoutError as error:
+                await self.close()  # an answer that comes later finds nobody, and the job goes to another
+                raise UnavailableError("the work queue does not answer") from error
+        if message.headers is not None and (status := message.headers.get("Status")) is not None:
+            if status in _NOTHING:
                 return None
+            raise UnavailableError(f"the work queue answered {status}")
         return await self._delivery(message)
 
     async def close(self) -> None:
         """Stops pulling; what was not acknowledged is delivered to others after the ack wait."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
+        inbox, self._inbox = self._inbox, None
+        if inbox is not None:
             with translated("leaving the queue"):
-                await subscription.unsubscribe()
+                await inbox.unsubscribe()
 
     async def _delivery(self, message: Msg) -> Delivery | None:
         """What the message says; one that names no job is removed, for no later delivery would be better."""

@@ -15,6 +15,11 @@ from .signatures import Signed
 MAX_TERMS_ENVELOPE_BYTES: Final = 384 << 10
 MAX_DETAIL_BYTES: Final = 6 << 10
 
+Priority = Literal["low", "normal", "high"]
+"""How soon a member wants one of its jobs, beside its own others. Between members it counts nothing."""
+
+URGENCY: Final[dict[Priority, int]] = {"low": 0, "normal": 1, "high": 2}
+
 
 class Routing(WireModel):
     """All that the untrusted side needs to know of a job. Signed by the submitter."""
@@ -33,6 +38,9 @@ class Routing(WireModel):
     resource_class: Literal["cpu"] = "cpu"
     created: UnixMs
     deadline: UnixMs
+    priority: Priority = "normal"
+    not_before: UnixMs | None = None
+    """When a worker may begin it at the earliest; at once if not given."""
 
     @model_validator(mode="after")
     def _key_brokers_are_sorted(self) -> Self:
@@ -40,6 +48,8 @@ class Routing(WireModel):
             raise ValueError("key brokers must be sorted, each once, the job's own among them")
         if self.deadline <= self.created:
             raise ValueError("the deadline must be after the creation")
+        if self.not_before is not None and self.not_before >= self.deadline:
+            raise ValueError("a job cannot begin after its deadline")
         return self
 
 

@@ -97,6 +97,11 @@ def work(resource_class: ResourceClass, job_id: str) -> str:
     return f"casemate.work.{token(resource_class)}.{token(job_id)}"
 
 
+def next_delivery(resource_class: ResourceClass) -> str:
+    """Subject on which a worker asks for its next job."""
+    return f"$JS.API.CONSUMER.MSG.NEXT.{work_stream(resource_class)}.{WORKER_CONSUMER}"
+
+
 def max_deliveries_advisory(resource_class: ResourceClass) -> str:
     """Subject on which the server tells, once and best effort, that it gave up delivering a job."""
     return f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{work_stream(resource_class)}.{WORKER_CONSUMER}"
@@ -105,6 +110,10 @@ def max_deliveries_advisory(resource_class: ResourceClass) -> str:
 def event(job_id: str) -> str:
     """Subject that a job's events are published to."""
     return f"casemate.event.{token(job_id)}"
+
+
+EVERY_EVENT_STORED: Final = "casemate.event-stored.*"
+"""Subjects on which any job's events appear again."""
 
 
 def event_stored(job_id: str) -> str:
@@ -192,7 +201,7 @@ _SHARED_SERVICES: Final = (
 
 WORKER_SERVICES: Final = (
     *_SHARED_SERVICES,
-    *(f"$JS.API.CONSUMER.MSG.NEXT.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
+    *(next_delivery(c) for c in RESOURCE_CLASSES),
     *(f"$JS.ACK.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
 )
 """What the gateway's account offers to the workers': manifests, blobs, job records, events, and pulling from the work queue."""
@@ -213,6 +222,7 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
             *(f"$JS.API.STREAM.PURGE.{stream}" for stream in _PURGEABLE),
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
+            *(f"$JS.API.CONSUMER.INFO.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
             f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
             f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
             *(f"$JS.API.DIRECT.GET.{stream}" for stream in (EVENT_STREAM, JOB_STREAM, REVOCATION_STREAM)),
@@ -220,7 +230,7 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
         ),
         subscribe=(
             f"{inbox_prefix(user)}.>",
-            "casemate.event-stored.*",
+            EVERY_EVENT_STORED,
             *(max_deliveries_advisory(c) for c in RESOURCE_CLASSES),
         ),
     )
