@@ -7,6 +7,7 @@
     │   ├── TooLargeError              a declared or actual size is over its bound
     │   └── UnsupportedVersionError    a version this release does not speak
     ├── ParameterError                 a value is out of its range (epsilon, delta, rate, sigma, ...)
+    │   └── KeyReusedError             an idempotency key was used for another request before
     ├── ModelError                     a model cannot be trained here
     │   ├── UnsupportedOperationError  an operation outside the allow-list
     │   └── BatchDependenceError       one example can touch another's loss
@@ -72,6 +73,10 @@ class UnsupportedVersionError(MalformedError):
 
 class ParameterError(CasemateError):
     reason = "invalid_parameter"
+
+
+class KeyReusedError(ParameterError):
+    reason = "key_reused"
 
 
 class ModelError(CasemateError):

@@ -18,7 +18,7 @@ from casemate_schemas.errors import (
     AuthenticationError,
     AuthorisationError,
     CasemateError,
-    ConflictError,
+    KeyReusedError,
     MalformedError,
     NotFoundError,
     ParameterError,
@@ -65,7 +65,7 @@ async def submit(request: web.Request) -> web.Response:
     record = _record(gateway, submission, routing, digest)
     stored, revision, new = await gateway.transitions.create(record)
     if not new and stored.routing != record.routing:
-        raise _conflict()
+        raise _key_reused()
     gateway.admission.take_up(record.job_id)
     return _answer(gateway, gateway.records.open(stored), revision, status=202 if new else 200)
 
@@ -202,19 +202,20 @@ def _check_signatures(gateway: Gateway, person: Person, submission: Submission) 
 async def _same_job(
     gateway: Gateway, person: Person, submission: Submission, routing: Routing
 ) -> tuple[Job, int] | None:
-    """The job with this id, if there is one. Raises :class:`ConflictError` if it is another one."""
+    """The job with this id, if there is one. Raises :class:`KeyReusedError` if it is another one."""
     try:
         record, revision = await gateway.jobs.get(routing.job_id)
     except NotFoundError:
         return None
     if record.routing != encode(submission.routing):
-        raise _conflict()
+        raise _key_reused()
     gateway.admission.take_up(record.job_id)
     return gateway.records.open(record), revision
 
 
-def _conflict() -> ConflictError:
-    return ConflictError("there is another job with this id")
+def _key_reused() -> KeyReusedError:
+    """The job id is the submission's idempotency key, and the record's ``create`` in the KV store what it is checked by."""
+    return KeyReusedError("there is another job with this id: choose a new one for another submission")
 
 
 def _check_routing(gateway: Gateway, submitter: Delegation, routing: Routing) -> None:

@@ -71,7 +71,7 @@ async def test_the_same_submission_is_the_same_job(running_house: House) -> None
     assert again.json["created"] == first.json["created"]
     other = running_house.submission(clara, submission.routing.peek(Routing).job_envelope, job_id=first.json["job_id"])
     conflict = await clara.post(JOBS_PATH, encode(other))
-    assert (conflict.status, conflict.json["reason"]) == (409, "conflict")
+    assert (conflict.status, conflict.json["reason"]) == (422, "key_reused")
 
 
 async def test_a_hundred_hurried_submissions_are_one_job(running_house: House) -> None:
