@@ -21,6 +21,7 @@ from casemate_messaging.nonces import NonceStore
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.setup import StreamSettings, ensure_streams
+from casemate_messaging.uploads import UploadStore
 from casemate_schemas.api import (
     CONSORTIUM_PATH,
     ENVELOPES_PATH,
@@ -28,21 +29,23 @@ from casemate_schemas.api import (
     KEY_BROKERS_PATH,
     MANIFEST_PATH,
     REVOCATIONS_PATH,
+    UPLOADS_PATH,
 )
 from casemate_schemas.consortium import Consortium
-from casemate_schemas.errors import CasemateError, SetupError, UnavailableError
+from casemate_schemas.errors import SetupError, UnavailableError
 from nats.aio.client import Client
 
 from .admission import Admission
 from .authentication import Authenticator
 from .dispatch import Dispatcher
 from .gateway import GATEWAY, Gateway, Places
+from .housekeeping import Housekeeping, Retention
 from .limits import Doorkeeper, Pace, TokenBuckets
 from .logs import quiet_logger
 from .metrics import Metrics, make_metrics_app
 from .problems import error_boundary
 from .records import RecordReader
-from .routes import consortium, envelopes, health, jobs, key_brokers, results
+from .routes import consortium, envelopes, health, jobs, key_brokers, results, uploads
 from .settings import Settings
 from .tasks import begin, end
 from .transitions import Transitions
@@ -74,6 +77,7 @@ def make_gateway(
 
     blobs = BlobStore(client, may_purge=True)
     envelope_store = EnvelopeStore(client, blobs)
+    unfinished = UploadStore(client, blobs)
     job_store, job_events, queue = JobStore(client), JobEvents(client), WorkQueue(client)
     records = RecordReader(lambda: manifests.versions)
     dispatcher = Dispatcher(client, {"cpu": queue}, job_store, records, log, clock)
@@ -97,6 +101,16 @@ def make_gateway(
         max_wait_s=settings.approval_poll_s,
         counted=metrics.jobs,
     )
+    housekeeping = Housekeeping(
+        client,
+        jobs=job_store,
+        blobs=blobs,
+        envelopes=envelope_store,
+        uploads=unfinished,
+        retention=Retention(settings.unreferenced_s, settings.retention_s),
+        log=log,
+        clock=clock,
+    )
     return Gateway(
         settings=settings,
         manifests=manifests,
@@ -107,6 +121,8 @@ def make_gateway(
         authenticator=Authenticator(consortium, NonceStore(client), requests, origin=origin, clock=clock),
         blobs=blobs,
         envelopes=envelope_store,
+        unfinished=unfinished,
+        housekeeping=housekeeping,
         jobs=job_store,
         records=records,
         events=job_events,
@@ -140,6 +156,11 @@ def make_app(gateway: Gateway) -> web.Application:
             web.post(REVOCATIONS_PATH, consortium.revoke),
             web.post(ENVELOPES_PATH, envelopes.store),
             web.delete(f"{ENVELOPES_PATH}/{{digest}}", envelopes.remove),
+            web.options(UPLOADS_PATH, uploads.options),
+            web.post(UPLOADS_PATH, uploads.create),
+            web.head(f"{UPLOADS_PATH}/{{digest}}", uploads.show),
+            web.patch(f"{UPLOADS_PATH}/{{digest}}", uploads.append),
+            web.delete(f"{UPLOADS_PATH}/{{digest}}", uploads.remove),
             web.post(KEY_BROKERS_PATH + "/{key_broker}/messages", key_brokers.message),
             web.post(KEY_BROKERS_PATH + "/{key_broker}/evidence", key_brokers.evidence),
             web.post(JOBS_PATH, jobs.submit),
@@ -151,7 +172,7 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get(job + "/result", results.result, allow_head=False),
         ]
     )
-    app.on_response_prepare.append(_harden)
+    app.on_response_prepare.extend((_harden, uploads.label))
     return app
 
 
@@ -201,7 +222,7 @@ async def running(
                 gateway.dispatcher.run(),
                 follower.run(),
                 revoking.run(),
-                _sweep(client, settings.sweep_every_s, log, clock),
+                gateway.housekeeping.run(settings.sweep_every_s),
             ):
                 background.append(begin(work, log, on_failed))
             yield _address(settings.host, listener), gateway
@@ -229,6 +250,7 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
         settings.nats_url,
         settings.nats_seed_file,
         user=settings.nats_user,
+        tls=settings.nats_tls(),
         name="casemate-gateway",
         timeout_s=settings.nats_connect_s,
         on_closed=stop.set,
@@ -253,17 +275,6 @@ async def _share_manifests(manifests: TrustedManifests, client: Client) -> None:
     store = ManifestStore(client)
     for number, signed in enumerate(manifests.chain.manifests, start=1):
         await store.put(number, signed)
-
-
-async def _sweep(client: Client, every_s: float, log: ProgramLog, clock: Callable[[], int]) -> None:
-    """Removes now and then what uploads left behind that never ended."""
-    blobs = BlobStore(client, may_purge=True)
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            await blobs.sweep(now_ms=clock())
-        except CasemateError as error:
-            log.warning("sweep_failed", reason=error.reason)
 
 
 async def _harden(_: web.Request, response: web.StreamResponse) -> None:

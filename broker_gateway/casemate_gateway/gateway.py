@@ -16,6 +16,7 @@ from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import ManifestStore, TrustedManifests
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.revocations import RevocationStore, TrustedRevocations
+from casemate_messaging.uploads import UploadStore
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import MalformedError, NotFoundError, UnavailableError
 from casemate_schemas.job import JobId
@@ -26,6 +27,7 @@ from .admission import Admission
 from .authentication import Authenticator, Person
 from .bodies import Body
 from .dispatch import Dispatcher
+from .housekeeping import Housekeeping
 from .limits import Pace, TokenBuckets
 from .metrics import Metrics
 from .records import Job, RecordReader, no_such_job
@@ -71,6 +73,8 @@ class Gateway:
     authenticator: Authenticator
     blobs: BlobStore
     envelopes: EnvelopeStore
+    unfinished: UploadStore
+    housekeeping: Housekeeping
     jobs: JobStore
     records: RecordReader
     events: JobEvents
@@ -111,6 +115,13 @@ class Gateway:
         person, body = await self.authenticate(request)
         await body.whole(0)
         return person
+
+    async def check_kept(self, envelope: bytes, ciphertext: bytes) -> None:
+        """That an envelope, which may have been there before, stays. Raises :class:`UnavailableError` if it did not."""
+        try:
+            await self.housekeeping.check_kept(envelopes=(envelope,), blobs=(ciphertext,))
+        except NotFoundError as error:
+            raise UnavailableError("the envelope was removed just now: try again") from error
 
     async def visible_job(self, job_id: str, person: Person) -> tuple[Job, int]:
         """(job, revision), if it concerns ``person``. Raises :class:`NotFoundError` otherwise."""

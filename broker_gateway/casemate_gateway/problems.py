@@ -24,7 +24,12 @@ from .metrics import Metrics
 
 RETRY_AFTER_S = 5
 
-_HTTP_REASONS = {404: NotFoundError.reason, 408: UnavailableError.reason, 413: TooLargeError.reason}
+_HTTP_REASONS = {
+    404: NotFoundError.reason,
+    408: UnavailableError.reason,
+    410: NotFoundError.reason,
+    413: TooLargeError.reason,
+}
 
 
 def problem(error: CasemateError) -> web.Response:
@@ -54,7 +59,7 @@ def problem_response(status: int, reason: str, detail: str, headers: dict[str, s
 def http_problem(error: web.HTTPException) -> web.Response:
     """What aiohttp itself refuses (no such path, no such method), in the same form."""
     reason = _HTTP_REASONS.get(error.status, MalformedError.reason)
-    headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+    headers = {name: error.headers[name] for name in ("Allow", "Content-Range") if name in error.headers}
     return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
 
 

@@ -32,6 +32,10 @@ class Settings(ProgramSettings):
     """Uploads at once; each holds about 10 MiB of memory."""
     max_downloads: Annotated[int, Field(ge=1, le=1024)] = 16
     max_event_streams: Annotated[int, Field(ge=1, le=65536)] = 512
+    max_unfinished_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
+    """What the unfinished uploads of one member's people may add up to."""
+    upload_expiry_s: Annotated[float, Field(ge=60, le=30 * 24 * 3600)] = 24 * 3600.0
+    """How long an upload may stand still before it is given up."""
     max_jobs_listed: Annotated[int, Field(ge=1, le=10_000)] = 1000
     body_idle_s: Seconds = 30.0
     """How long a body may stand still."""
@@ -49,6 +53,11 @@ class Settings(ProgramSettings):
     """How long to wait at most before one that awaits approvals is asked again; each time twice as long, up to this."""
     reconcile_every_s: Seconds = 15.0
     sweep_every_s: Seconds = 3600.0
+    """How often what nobody needs any more is removed."""
+    unreferenced_s: Annotated[float, Field(ge=3600, le=92 * 24 * 3600)] = 24 * 3600.0
+    """How long envelopes that no job refers to, superseded checkpoints among them, are kept. Datasets always are."""
+    retention_s: Annotated[float, Field(ge=0, le=100 * 365 * 24 * 3600)] = 90 * 24 * 3600.0
+    """How long the result of a job is kept after the job has ended, and the envelopes that it was made from."""
     heartbeat_s: Seconds = 15.0
     """How often a quiet event stream shows that it lives."""
     poll_after_s: Annotated[int, Field(ge=1, le=3600)] = 2

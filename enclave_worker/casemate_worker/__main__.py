@@ -99,7 +99,7 @@ async def _worker(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> A
     manifests = TrustedManifests.open(settings)
     refuse_devices(simulation=manifests.current.manifest.simulation)
     guest = guest_driver(settings, manifests.current)
-    client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.name)
+    client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.name, tls=settings.nats_tls())
     follower = ManifestFollower(manifests, ManifestStore(client), settings, log)
     following = asyncio.create_task(follower.run())
     following.add_done_callback(lambda _: stop.set())

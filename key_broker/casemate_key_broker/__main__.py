@@ -98,7 +98,13 @@ async def run(settings: Settings, log: ProgramLog) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        client = await connect(settings.nats_url, settings.nats_seed_file, user=settings.key_broker, on_closed=stop.set)
+        client = await connect(
+            settings.nats_url,
+            settings.nats_seed_file,
+            user=settings.key_broker,
+            tls=settings.nats_tls(),
+            on_closed=stop.set,
+        )
         try:
             await _serve(program, settings, client, log, stop)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
@@ -54,6 +55,7 @@ async def connect(
     seed_file: Path,
     *,
     user: str,
+    tls: ssl.SSLContext | None = None,
     name: str | None = None,
     timeout_s: float = 10.0,
     on_error: Callable[[Exception], None] | None = None,
@@ -61,15 +63,21 @@ async def connect(
 ) -> Client:
     """A connection that proves possession of the nkey in ``seed_file``, with inboxes that only ``user`` may read.
 
+    ``url`` is one server's, or those of a cluster's servers with commas between. With ``tls://`` nothing is said before the
+    TLS handshake (the server needs ``handshake_first``); ``tls`` then says whom to trust and what certificate to show.
+
     Once made it reconnects for ever. ``user`` is the name the permissions were made for; ``name`` is shown to the
     operator. ``on_error`` hears what the connection reports on the side (a refused subject, a lost connection);
     ``on_closed`` hears that it has ended for good: by ``Client.close``, or because the server threw this user out.
 
-    Raises :class:`SetupError` for an unusable seed, credentials in ``url`` or a server older than :data:`MIN_SERVER_VERSION`,
-    :class:`AuthenticationError` if the server refuses the key, :class:`UnavailableError` after ``timeout_s``.
+    Raises :class:`SetupError` for an unusable seed, a ``url`` of mixed schemes or with credentials, or a server older than
+    :data:`MIN_SERVER_VERSION`, :class:`AuthenticationError` if the server refuses the key, :class:`UnavailableError` after
+    ``timeout_s``.
     """
-    if "@" in url:
-        raise SetupError("credentials do not belong in a NATS URL; the key is read from its file")
+    servers = server_urls(url)
+    is_tls = servers[0].startswith("tls://")
+    if tls is not None and not is_tls:
+        raise SetupError("TLS files are set, and the NATS URL is not tls://: nothing would be encrypted")
     check_private(seed_file)
     public_user_key(seed_file)
     client, connected = Client(), False
@@ -89,8 +97,10 @@ async def connect(
     try:
         async with asyncio.timeout(timeout_s):
             await client.connect(
-                url,
+                servers,
                 nkeys_seed=str(seed_file),
+                tls=(tls or ssl.create_default_context()) if is_tls else None,
+                tls_handshake_first=is_tls,
                 name=name or user,
                 inbox_prefix=inbox_prefix(user),
                 allow_reconnect=True,
@@ -108,6 +118,17 @@ async def connect(
         await client.close()
         raise
     return client
+
+
+def server_urls(url: str) -> list[str]:
+    """The servers that a setting ``nats_url`` lists. Raises :class:`SetupError`."""
+    servers = [server.strip() for server in url.split(",")]
+    if any("@" in server for server in servers):
+        raise SetupError("credentials do not belong in a NATS URL; the key is read from its file")
+    schemes = {server.partition("://")[0] for server in servers}
+    if len(schemes) != 1 or not schemes <= {"nats", "tls"}:
+        raise SetupError("expected NATS URLs that all begin with nats://, or all with tls://")
+    return servers
 
 
 def check_server_version(client: Client) -> None:

@@ -7,7 +7,9 @@ needs permission for one request subject only. nats-py 2.16 has no call for it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final
 
 from casemate_schemas.errors import NotFoundError, UnavailableError
@@ -25,7 +27,17 @@ class Stored:
     """One stored message and its place in the stream."""
 
     sequence: int
-    data: bytes
+    data: bytes = field(repr=False)
+    subject: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def stored_ms(self) -> int:
+        """When NATS stored it, Unix ms. Raises :class:`UnavailableError` if the server does not say."""
+        try:
+            return int(datetime.fromisoformat(self.headers["Nats-Time-Stamp"]).timestamp() * 1000)
+        except (KeyError, ValueError) as error:
+            raise UnavailableError("NATS does not say when it stored a message") from error
 
 
 async def read_last(client: Client, stream: str, subject: str) -> Stored:
@@ -47,6 +59,15 @@ async def read_batch(client: Client, stream: str, subject: str, *, start: int, l
     request = json.dumps({"seq": max(1, start), "next_by_subj": subject, "batch": limit}).encode()
     with translated(f"reading from {stream}"):
         return await repeated(lambda: _read_batch(client, stream, request, limit))
+
+
+async def read_all(client: Client, stream: str, subject: str, *, batch: int) -> AsyncIterator[Stored]:
+    """Every message of ``subject``, the oldest first, ``batch`` of them in memory. Raises as :func:`read_batch`."""
+    start = 1
+    while found := await read_batch(client, stream, subject, start=start, limit=batch):
+        for stored in found:
+            yield stored
+        start = found[-1].sequence + 1
 
 
 async def _read_batch(client: Client, stream: str, request: bytes, limit: int) -> list[Stored]:
@@ -80,7 +101,8 @@ def _refusal(status: str, stream: str) -> NotFoundError | UnavailableError:
 
 
 def _stored(message: Msg, stream: str) -> Stored:
+    headers = message.headers or {}
     try:
-        return Stored(int((message.headers or {})["Nats-Sequence"]), message.data)
+        return Stored(int(headers["Nats-Sequence"]), message.data, headers.get("Nats-Subject", ""), headers)
     except (KeyError, ValueError) as error:
         raise UnavailableError(f"{stream} sent a message without a sequence; try again") from error

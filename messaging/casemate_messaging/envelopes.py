@@ -6,14 +6,15 @@ opened here, and nothing could be.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from dataclasses import dataclass
 
 from casemate_schemas.envelope import MAGIC, EnvelopeHead, open_head
-from casemate_schemas.errors import CasemateError, IntegrityError
+from casemate_schemas.errors import CasemateError, IntegrityError, NotFoundError
 from nats.aio.client import Client
 
 from .blobs import BlobStore
+from .direct import Stored
 from .heads import HeadStore
 
 
@@ -47,6 +48,18 @@ class EnvelopeStore:
         await self._blobs.put(header.ciphertext_digest, header.ciphertext_bytes, ciphertext)
         return await self._heads.put(header.digest, signed_head)
 
+    async def put_head(self, signed_head: bytes) -> bool:
+        """Stores the head of an envelope whose ciphertext is a blob already; True if it was not there before."""
+        return await self._heads.put(open_head(signed_head).header.digest, signed_head)
+
+    async def has(self, digest: bytes) -> bool:
+        """Whether there is such an envelope. Raises :class:`UnavailableError`."""
+        try:
+            await self._heads.get(digest)
+        except NotFoundError:
+            return False
+        return True
+
     async def head(self, digest: bytes) -> StoredHead:
         """The head of a complete envelope.
 
@@ -62,12 +75,24 @@ class EnvelopeStore:
             raise IntegrityError("the stored envelope head is another envelope's")
         return StoredHead(head, stored)
 
-    def ciphertext(self, stored: StoredHead) -> AsyncIterator[bytes]:
+    def ciphertext(self, stored: StoredHead) -> AsyncGenerator[bytes]:
         """The envelope's ciphertext in order; its last piece comes only after the digest was checked."""
         return self._blobs.get(stored.head.header.ciphertext_digest)
+
+    def part(self, stored: StoredHead, start: int, stop: int) -> AsyncGenerator[bytes]:
+        """Bytes ``start`` to before ``stop`` of the ciphertext, as :meth:`BlobStore.get_range`."""
+        return self._blobs.get_range(stored.head.header.ciphertext_digest, start, stop)
 
     async def delete(self, stored: StoredHead) -> None:
         """Removes an envelope, its head first. The gateway only."""
         header = stored.head.header
         await self._heads.delete(header.digest)
         await self._blobs.delete(header.ciphertext_digest)
+
+    async def delete_head(self, digest: bytes, *, sequence: int) -> None:
+        """Removes the head that :meth:`heads` told of with this sequence. The gateway only."""
+        await self._heads.delete(digest, sequence=sequence)
+
+    def heads(self) -> AsyncIterator[tuple[bytes, Stored]]:
+        """Every envelope's digest and signed head as they are stored, the oldest first. The gateway only."""
+        return self._heads.list()

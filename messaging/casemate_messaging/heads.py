@@ -6,13 +6,16 @@ a ciphertext that is complete.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from casemate_schemas import subjects
 from casemate_schemas.envelope import MAX_HEAD_BYTES
 from casemate_schemas.errors import TooLargeError
 from nats.aio.client import Client
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
-from .direct import read_last
+from .direct import Stored, read_all, read_last
 
 
 class HeadStore:
@@ -38,7 +41,18 @@ class HeadStore:
         """The signed head stored under ``digest``. Raises :class:`NotFoundError`, :class:`UnavailableError`."""
         return (await read_last(self._client, subjects.HEAD_STREAM, subjects.head(digest.hex()))).data
 
-    async def delete(self, digest: bytes) -> None:
-        """Removes the head if it is there. The gateway only."""
+    async def delete(self, digest: bytes, *, sequence: int | None = None) -> None:
+        """Removes the head if it is there. The gateway only.
+
+        ``sequence``, if given, is the head's as :meth:`list` told it: one that was stored since stays.
+        """
+        before = None if sequence is None else sequence + 1
         with translated("removing an envelope's head"):
-            await self._js.purge_stream(subjects.HEAD_STREAM, subject=subjects.head(digest.hex()))
+            await self._js.purge_stream(subjects.HEAD_STREAM, subject=subjects.head(digest.hex()), seq=before)
+
+    async def list(self) -> AsyncIterator[tuple[bytes, Stored]]:
+        """Every digest with the head stored under it, the oldest first. The gateway only."""
+        prefix = subjects.head("x").removesuffix("x")
+        async for stored in read_all(self._client, subjects.HEAD_STREAM, prefix + "*", batch=16):
+            with contextlib.suppress(ValueError):
+                yield bytes.fromhex(stored.subject.removeprefix(prefix)), stored

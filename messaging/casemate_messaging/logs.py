@@ -31,6 +31,10 @@ class LogFields(TypedDict, total=False):
     route: str
     status: int
     bytes: int
+    uploads: int
+    envelopes: int
+    blobs: int
+    orphans: int
     duration_ms: float
     address: str
     version: str

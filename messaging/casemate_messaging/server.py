@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,12 +99,28 @@ def check_binary(binary: Path) -> None:
         raise SetupError(f"{binary} is not a nats-server {SERVER_VERSION} that this release knows; it is not run")
 
 
+@dataclass(frozen=True)
+class ServerTls:
+    """A server's certificate and key (PEM), and the certificates that may vouch for clients': all must show one then."""
+
+    certificate_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+
+    def section(self) -> dict[str, Any]:
+        """The section ``tls`` of a server's configuration. Nothing is said before the handshake."""
+        files = {"cert_file": str(self.certificate_file), "key_file": str(self.key_file)}
+        mutual = {} if self.client_ca_file is None else {"ca_file": str(self.client_ca_file), "verify": True}
+        return {**files, **mutual, "handshake_first": True, "min_version": "1.3"}
+
+
 def server_config(
     users: Sequence[User],
     folder: Path,
     *,
     port: int = -1,
     max_store_bytes: int | None = None,
+    tls: ServerTls | None = None,
 ) -> dict[str, Any]:
     """The server's configuration: loopback only, JetStream that syncs before it acknowledges, nkey users only.
 
@@ -112,7 +129,9 @@ def server_config(
     jetstream: dict[str, Any] = {"store_dir": str(folder / "store"), "sync_interval": "always"}
     if max_store_bytes is not None:
         jetstream["max_file_store"] = max_store_bytes
+    section = {} if tls is None else {"tls": tls.section()}
     return {
+        **section,
         "host": "127.0.0.1",
         "port": port,
         "max_payload": MAX_PAYLOAD_BYTES,
@@ -137,7 +156,9 @@ class EmbeddedServer:
         *,
         port: int = -1,
         max_store_bytes: int | None = None,
+        tls: ServerTls | None = None,
     ) -> None:
+        self._tls = tls
         self._folder = folder
         self._users = tuple(users)
         self._port = port
@@ -146,10 +167,10 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """``nats://127.0.0.1:<port>``. Raises :class:`SetupError` before the first start."""
+        """``nats://127.0.0.1:<port>``, or ``tls://``. Raises :class:`SetupError` before the first start."""
         if self._port < 0:
             raise SetupError("the embedded NATS server was never started")
-        return f"nats://127.0.0.1:{self._port}"
+        return f"{'tls' if self._tls else 'nats'}://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -217,7 +238,9 @@ class EmbeddedServer:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for stale in (self._folder / "ports").glob("*.ports"):
             stale.unlink()
-        config = server_config(self._users, self._folder, port=self._port, max_store_bytes=self._max_store_bytes)
+        config = server_config(
+            self._users, self._folder, port=self._port, max_store_bytes=self._max_store_bytes, tls=self._tls
+        )
         path = self._folder / "nats-server.conf"
         path.touch(mode=0o600)
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")

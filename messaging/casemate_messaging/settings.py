@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -21,7 +22,12 @@ class ProgramSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
     nats_url: str
-    """The embedded server's or an existing cluster's, ``nats://host:port`` or ``tls://host:port``."""
+    """The embedded server's or an existing cluster's, ``nats://host:port`` or ``tls://host:port``, commas between several."""
+    nats_ca_file: Path | None = None
+    """Certificates (PEM) that may vouch for the server's; the system's if not given. For ``tls://``."""
+    nats_certificate_file: Path | None = None
+    nats_key_file: Path | None = None
+    """Certificate and private key (PEM) to show the server, if it wants one of its clients."""
     nats_seed_file: Path
     """Seed of the program's nkey, readable by its user alone."""
     consortium: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -63,6 +69,25 @@ class ProgramSettings(BaseSettings):
     def consortium_id(self) -> bytes:
         """The consortium's id, 32 bytes."""
         return bytes.fromhex(self.consortium)
+
+    def nats_tls(self) -> ssl.SSLContext | None:
+        """Whom to trust and what to show in the handshake with NATS; None if nothing is set.
+
+        Raises :class:`SetupError` for files that are no certificates or keys, or a key that others can read.
+        """
+        if self.nats_ca_file is self.nats_certificate_file is self.nats_key_file is None:
+            return None
+        if (self.nats_certificate_file is None) != (self.nats_key_file is None):
+            raise SetupError("'nats_certificate_file' and 'nats_key_file' go together")
+        try:
+            context = ssl.create_default_context(cafile=self.nats_ca_file)
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            if self.nats_certificate_file is not None and self.nats_key_file is not None:
+                check_private(self.nats_key_file)
+                context.load_cert_chain(self.nats_certificate_file, self.nats_key_file, password="")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"the TLS files for NATS cannot be used: {type(error).__name__}") from error
+        return context
 
     def manifest_chain(self) -> ManifestChain:
         """The chain in ``manifest_file``, not verified. Raises :class:`SetupError` or :class:`MalformedError`."""

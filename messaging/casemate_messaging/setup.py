@@ -96,6 +96,16 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             subjects.JOB_STREAM, f"$KV.{subjects.JOB_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
         ),
         _stream(
+            subjects.UPLOAD_STREAM,
+            f"$KV.{subjects.UPLOAD_BUCKET}.*.*",
+            settings,
+            max_msgs_per_subject=1,
+            allow_direct=True,
+        ),
+        _stream(
+            subjects.LEASE_STREAM, f"$KV.{subjects.LEASE_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
+        ),
+        _stream(
             subjects.NONCE_STREAM,
             f"$KV.{subjects.NONCE_BUCKET}.*",
             settings,

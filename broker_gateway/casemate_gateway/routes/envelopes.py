@@ -33,10 +33,11 @@ async def store(request: web.Request) -> web.Response:
     with gateway.uploads.one():
         head_length = head_bytes(await body.take(PREFIX_BYTES))
         signed_head = await body.take(head_length)
-        head = _check_head(gateway, person, signed_head)
+        head = check_head(gateway, person, signed_head)
         total = _check_size(gateway, body, head, PREFIX_BYTES + head_length)
         rest = body.rest(head.header.ciphertext_bytes)
         new = await gateway.envelopes.put(signed_head, rest)
+        await gateway.check_kept(head.header.digest, head.header.ciphertext_digest)
         async for _ in rest:  # the ciphertext was there already, but the request must be what was signed
             pass
     gateway.log.info("stored", envelope=head.header.digest.hex(), bytes=total, member=person.member)
@@ -73,7 +74,8 @@ def _check_announced(gateway: Gateway, body: Body) -> None:
         raise TooLargeError(f"expected an envelope of at most {limit} bytes, got {body.content_length}")
 
 
-def _check_head(gateway: Gateway, person: Person, signed_head: bytes) -> EnvelopeHead:
+def check_head(gateway: Gateway, person: Person, signed_head: bytes) -> EnvelopeHead:
+    """The head, signed by that very person, of a kind that people of that role upload, and of this consortium."""
     head = open_head(signed_head)
     preamble = head.header.preamble
     role = _SENDERS.get(preamble.kind)

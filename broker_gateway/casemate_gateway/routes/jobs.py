@@ -50,7 +50,8 @@ async def submit(request: web.Request) -> web.Response:
     3. Times, key brokers and roles are what they may be.
     4. The job envelope is stored, and from the same person.
     5. The terms envelope is whole, from that person too, and sealed to exactly the key brokers concerned.
-    6. The submission is stored, then the record created, once; admission goes on from there.
+    6. The submission is stored, then the record created, once. What the record refers to was not removed meanwhile.
+       Admission goes on from there.
     """
     gateway = gateway_of(request)
     person, body = await gateway.authenticate(request)
@@ -66,6 +67,7 @@ async def submit(request: web.Request) -> web.Response:
     stored, revision, new = await gateway.transitions.create(record)
     if not new and stored.routing != record.routing:
         raise _key_reused()
+    await _check_kept(gateway, stored)
     gateway.admission.take_up(record.job_id)
     return _answer(gateway, gateway.records.open(stored), revision, status=202 if new else 200)
 
@@ -211,6 +213,15 @@ async def _same_job(
         raise _key_reused()
     gateway.admission.take_up(record.job_id)
     return gateway.records.open(record), revision
+
+
+async def _check_kept(gateway: Gateway, record: JobRecord) -> None:
+    """A job whose envelope was removed while it was submitted can only fail. Raises :class:`NotFoundError`."""
+    try:
+        await gateway.housekeeping.check_kept(envelopes=(record.job_envelope,), blobs=(record.submission,))
+    except NotFoundError as error:
+        await gateway.transitions.move(record.job_id, "failed", reason=NotFoundError.reason)
+        raise NotFoundError("the job envelope was stored too long ago and is gone: submit a new job") from error
 
 
 def _key_reused() -> KeyReusedError:
