@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests benchmarks
 
-.PHONY: demo test lint unit integration faults fuzz fuzz-short bench clean
+.PHONY: demo test lint unit integration faults fuzz fuzz-short bench results audit cluster clean
 
 demo: .venv/.demo ## Three hospitals train one model on this machine (SIMULATED attestation)
 	$(BIN)/casemate demo
@@ -27,6 +27,15 @@ faults: .venv/.dev
 
 bench: .venv/.dev ## Every benchmark, a table each: minutes, on a quiet machine
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+
+results: .venv/.dev ## Accuracy at given epsilons on real records, into docs/results.md: a quarter of an hour
+	$(BIN)/python benchmarks/accuracy.py --document docs/results.md
+
+audit: .venv/.dev ## The engine audited forty times, and every planted bug: minutes
+	$(BIN)/python tests/audit_engine.py
+
+cluster: .venv/.dev ## A cluster of three NATS servers that loses each of them in turn
+	CASEMATE_EVERY_SERVER=1 $(BIN)/pytest tests/integration/operating/test_cluster.py
 
 fuzz: .venv/.dev ## A million hostile inputs to what reads evidence: minutes
 	$(BIN)/python tests/fuzz/attestation.py -runs=1000000 -print_final_stats=1

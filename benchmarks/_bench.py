@@ -61,11 +61,13 @@ class Samples:
         return {"count": len(self.seconds), "median_s": self.median_s, "q1_s": low_s, "q3_s": high_s}
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """``quick`` (under a minute) and ``json`` (a path or None) from the command line."""
+def arguments(description: str, *, document: bool = False) -> argparse.Namespace:
+    """``quick`` (under a minute) and ``json`` (a path or None) from the command line; ``document`` if there may be one."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer runs: under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write metrics, machine and runs to FILE")
+    if document:
+        parser.add_argument("--document", type=Path, metavar="FILE", help="put the table between its marks in FILE")
     return parser.parse_args()
 
 
@@ -76,11 +78,13 @@ def interleaved(
     batch: int = 1,
     warm_up: int = 10,
     clock: Callable[[], float] = time.perf_counter,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, Samples]:
     """Time ``batch`` calls of every case a round, each round beginning with the next one: all meet the same disturbances.
 
     A sample is the mean of one batch. More than one call a batch keeps the cases from emptying each other's caches.
-    ``time.thread_time`` as the clock counts this thread's work alone, which is all there is where nothing waits.
+    ``settle`` is called, untimed, before each turn. ``time.thread_time`` as the clock counts this thread's work alone, which
+    is all there is where nothing waits.
     """
     names = list(cases)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -88,6 +92,7 @@ def interleaved(
         turn = count % len(names)
         for name in names[turn:] + names[:turn]:
             call = cases[name]
+            settle()
             began = clock()
             for _ in range(batch):
                 call()

@@ -21,11 +21,19 @@ def main() -> None:
     """Runs the gateway until SIGTERM or SIGINT: exit status 0; 1 if it cannot run, with the reason on standard error."""
     parser = argparse.ArgumentParser(prog="casemate-gateway", description=__doc__)
     parser.add_argument("--settings", type=Path, required=True, help="TOML file; see docs/gateway.md")
+    parser.add_argument(
+        "--allow-unsafe-durability",
+        action="store_true",
+        help="run on a NATS that may lose what it acknowledged; as the setting of that name",
+    )
     arguments = parser.parse_args()
     log = ProgramLog("gateway")
     logging.basicConfig(handlers=[ClassNames(log)], level=logging.WARNING)
     try:
-        asyncio.run(_run(Settings.load(arguments.settings), log))
+        settings = Settings.load(arguments.settings)
+        if arguments.allow_unsafe_durability:
+            settings = settings.model_copy(update={"allow_unsafe_durability": True})
+        asyncio.run(_run(settings, log))
     except CasemateError as error:
         sys.exit(f"casemate-gateway: {error}")
 

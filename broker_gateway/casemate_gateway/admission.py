@@ -25,6 +25,7 @@ from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import (
     AuthorisationError,
     CasemateError,
+    IntegrityError,
     MalformedError,
     SignatureError,
     StateError,
@@ -134,9 +135,11 @@ class Admission:
         2. Jobs that wait for approval are taken up.
         3. Jobs that a worker has, or should have, have their message in the queue: should it be lost, it is put back.
         4. Jobs that wait for a worker are dispatched in their turn.
+
+        A record that cannot be read is logged, and holds up no other job.
         """
         states, going, queued = Counter[JobState](), list[tuple[Entry, int | None]](), list[int]()
-        async for record, _ in self._jobs.list():
+        async for record, _ in self._jobs.list(self._broken):
             states[record.state] += 1
             if record.state == "queued":
                 queued.append(record.updated)
@@ -151,6 +154,9 @@ class Admission:
             elif entry.state != "queued":  # 3
                 await self._queue.publish(entry.job_id)
         await self._dispatcher.reconcile([entry for entry, _ in going])  # 3, 4
+
+    def _broken(self, job_id: str, error: IntegrityError) -> None:
+        self._log.error("record_broken", job_id=job_id, reason=error.reason)
 
     async def close(self) -> None:
         """Stops where it is; another admission goes on from the records."""

@@ -12,6 +12,7 @@ from typing import Final
 from aiohttp import web
 from casemate_messaging.blobs import BlobStore
 from casemate_messaging.connection import connect
+from casemate_messaging.durability import check_durability
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
@@ -21,22 +22,15 @@ from casemate_messaging.nonces import NonceStore
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.setup import StreamSettings, ensure_streams
+from casemate_messaging.stored import StoredSizes
 from casemate_messaging.uploads import UploadStore
-from casemate_schemas.api import (
-    CONSORTIUM_PATH,
-    ENVELOPES_PATH,
-    JOBS_PATH,
-    KEY_BROKERS_PATH,
-    MANIFEST_PATH,
-    REVOCATIONS_PATH,
-    UPLOADS_PATH,
-)
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import SetupError, UnavailableError
 from nats.aio.client import Client
 
 from .admission import Admission
 from .authentication import Authenticator
+from .description import route_definitions
 from .dispatch import Dispatcher
 from .gateway import GATEWAY, Gateway, Places
 from .housekeeping import Housekeeping, Retention
@@ -44,8 +38,9 @@ from .limits import Doorkeeper, Pace, TokenBuckets
 from .logs import quiet_logger
 from .metrics import Metrics, make_metrics_app
 from .problems import error_boundary
+from .quotas import Quotas
 from .records import RecordReader
-from .routes import consortium, envelopes, health, jobs, key_brokers, results, uploads
+from .routes import health, uploads
 from .settings import Settings
 from .tasks import begin, end
 from .transitions import Transitions
@@ -84,6 +79,7 @@ def make_gateway(
     transitions = Transitions(job_store, job_events, log, clock)
     requests = TokenBuckets(settings.requests_per_s_per_member, settings.request_burst_per_member, time.monotonic)
     metrics = Metrics()
+    sizes = StoredSizes(client)
     admission = Admission(
         client,
         consortium=consortium,
@@ -107,6 +103,7 @@ def make_gateway(
         blobs=blobs,
         envelopes=envelope_store,
         uploads=unfinished,
+        sizes=sizes,
         retention=Retention(settings.unreferenced_s, settings.retention_s),
         log=log,
         clock=clock,
@@ -136,6 +133,14 @@ def make_gateway(
         downloads=Places(settings.max_downloads),
         event_streams=Places(settings.max_event_streams),
         requests=requests,
+        quotas=Quotas(
+            sizes,
+            envelope_store,
+            unfinished,
+            dispatcher,
+            max_bytes=settings.max_stored_bytes_per_member,
+            max_jobs=settings.max_jobs_per_member,
+        ),
         pace=Pace(settings.poll_after_s, settings.polls_per_s, time.monotonic),
         metrics=metrics,
     )
@@ -146,32 +151,7 @@ def make_app(gateway: Gateway) -> web.Application:
     app = web.Application(middlewares=[error_boundary(gateway.log, gateway.metrics)])
     app[GATEWAY] = gateway
     app[health.READINESS] = health.Readiness(gateway.client, _stream_settings(gateway.settings))
-    job = JOBS_PATH + "/{job_id}"
-    app.add_routes(
-        [
-            web.get("/livez", health.live),
-            web.get("/readyz", health.ready),
-            web.get(CONSORTIUM_PATH, consortium.show),
-            web.post(MANIFEST_PATH, consortium.publish),
-            web.post(REVOCATIONS_PATH, consortium.revoke),
-            web.post(ENVELOPES_PATH, envelopes.store),
-            web.delete(f"{ENVELOPES_PATH}/{{digest}}", envelopes.remove),
-            web.options(UPLOADS_PATH, uploads.options),
-            web.post(UPLOADS_PATH, uploads.create),
-            web.head(f"{UPLOADS_PATH}/{{digest}}", uploads.show),
-            web.patch(f"{UPLOADS_PATH}/{{digest}}", uploads.append),
-            web.delete(f"{UPLOADS_PATH}/{{digest}}", uploads.remove),
-            web.post(KEY_BROKERS_PATH + "/{key_broker}/messages", key_brokers.message),
-            web.post(KEY_BROKERS_PATH + "/{key_broker}/evidence", key_brokers.evidence),
-            web.post(JOBS_PATH, jobs.submit),
-            web.get(JOBS_PATH, jobs.listing, allow_head=False),
-            web.get(job, jobs.show, allow_head=False),
-            web.get(job + "/events", jobs.events, allow_head=False),
-            web.post(job + "/cancel", jobs.cancel),
-            web.get(job + "/release", results.release, allow_head=False),
-            web.get(job + "/result", results.result, allow_head=False),
-        ]
-    )
+    app.add_routes(route_definitions())
     app.on_response_prepare.extend((_harden, uploads.label))
     return app
 
@@ -256,6 +236,7 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
         on_closed=stop.set,
     )
     try:
+        await _check_durability(settings, client, log)
         await ensure_streams(client.jetstream(), _stream_settings(settings))
         async with running(settings, client, log=log, on_failed=on_failed) as (address, gateway):
             simulation = gateway.consortium.manifest.simulation
@@ -268,6 +249,16 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
                 raise UnavailableError("something went wrong that nobody foresaw: see the log, and start it again")
     finally:
         await client.close()
+
+
+async def _check_durability(settings: Settings, client: Client, log: ProgramLog) -> None:
+    """Raises :class:`SetupError` on a NATS that may lose what it acknowledged; if that is allowed, the log says so."""
+    try:
+        await check_durability(client)
+    except SetupError:
+        if not settings.allow_unsafe_durability:
+            raise
+        log.warning("unsafe_durability")
 
 
 async def _share_manifests(manifests: TrustedManifests, client: Client) -> None:

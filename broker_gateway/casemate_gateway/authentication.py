@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,7 @@ from casemate_schemas.api import (
     SIGNED_COMPONENTS,
 )
 from casemate_schemas.codec import decode
-from casemate_schemas.consortium import Consortium, verify_delegation
+from casemate_schemas.consortium import Consortium, check_delegation, verify_delegation
 from casemate_schemas.errors import AuthenticationError, MalformedError, SignatureError
 from casemate_schemas.identity import Delegation
 from casemate_schemas.job_state import MAX_DELEGATION_BYTES
@@ -69,6 +70,31 @@ class Authenticated:
     content_digest: bytes
 
 
+class People:
+    """Who the delegations in requests' headers speak of; the newest that were verified are remembered.
+
+    A signature that held under a manifest holds as long as that manifest is the newest. What may end sooner (the time, a
+    revocation) is looked at each time. Only what a member signed is remembered.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self._most = most
+        self._known: OrderedDict[tuple[str, bytes], Person] = OrderedDict()
+
+    def find(self, header: str, consortium: Consortium, *, at: int) -> Person:
+        """The person. Raises :class:`AuthenticationError`."""
+        where = (header, consortium.digest)
+        if (person := self._known.get(where)) is not None:
+            check_delegation(person.delegation, consortium, at=at)
+            self._known.move_to_end(where)
+            return person
+        signed = _delegation(header)
+        person = self._known[where] = Person(verify_delegation(signed, consortium, at=at), signed)
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+        return person
+
+
 class Authenticator:
     """Establishes who sent a request to the gateway at ``origin`` (``scheme://host[:port]``)."""
 
@@ -83,6 +109,7 @@ class Authenticator:
     ) -> None:
         """``consortium`` gives the newest one known, ``requests`` what members may still ask."""
         self._consortium = consortium
+        self._people = People()
         self._nonces = nonces
         self._requests = requests
         self._origin = origin
@@ -101,9 +128,8 @@ class Authenticator:
         Raises :class:`AuthenticationError`, :class:`SignatureError`, :class:`MalformedError` or :class:`ThrottledError`, and
         :class:`UnavailableError` if nonces cannot be recorded.
         """
-        signed = _delegation(request)
         now_ms = self._clock()
-        person = Person(verify_delegation(signed, self._consortium(), at=now_ms), signed)
+        person = self._people.find(_only(request, DELEGATION_HEADER), self._consortium(), at=now_ms)
         result = self._verified(request, person, now_ms)
         digest = _content_digest(request)
         with self._requests.one(person.member):  # 4
@@ -165,8 +191,7 @@ class _Verifier(HTTPMessageVerifier):
             raise InvalidSignature("expired")
 
 
-def _delegation(request: web.BaseRequest) -> Signed:
-    value = _only(request, DELEGATION_HEADER)
+def _delegation(value: str) -> Signed:
     if len(value) > 2 * MAX_DELEGATION_BYTES:
         raise AuthenticationError(f"the {DELEGATION_HEADER} header is too long")
     try:

@@ -7,21 +7,27 @@ import hashlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable
+from typing import Final
 
 import aiohttp
 from aiohttp import web
 from casemate_schemas.errors import AuthenticationError, MalformedError, TooLargeError
 
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
 
 class Body:
     """A request's body. Whoever has all of it knows that it has the signed SHA-256 ``digest``.
 
-    Nothing is read before it is asked for, and never more than about 128 KiB ahead. A sender who stops for ``idle_s``
-    or stays below ``min_bytes_per_s`` is answered 408.
+    Nothing is read before it is asked for, and never more than about 128 KiB ahead; a sender who waits for
+    ``100 Continue`` gets it then, so what is refused before is never sent. One who stops for ``idle_s`` or stays below
+    ``min_bytes_per_s`` is answered 408.
     """
 
     def __init__(self, request: web.Request, digest: bytes, *, idle_s: float, min_bytes_per_s: int) -> None:
         self.content_length = request.content_length
+        self._request = request
+        self._is_awaited = request.headers.get("Expect", "").lower() == "100-continue"
         self._content = request.content
         self._digest = digest
         self._idle_s = idle_s
@@ -38,6 +44,7 @@ class Body:
 
     async def take(self, count: int) -> bytes:
         """The next ``count`` bytes (a few hundred KiB at most). Raises :class:`MalformedError` if there are fewer."""
+        await self._invite()
         return self._seen(await self._in_time(self._content.readexactly(count)))
 
     async def rest(self, max_bytes: int) -> AsyncIterator[bytes]:
@@ -46,6 +53,7 @@ class Body:
         Raises :class:`AuthenticationError` if it is not, :class:`TooLargeError` as soon as more than ``max_bytes`` are
         left, and :class:`MalformedError` if the connection ends before the body does.
         """
+        await self._invite()
         held, left = b"", max_bytes
         while piece := self._seen(await self._in_time(self._content.readany())):
             left -= len(piece)
@@ -58,6 +66,13 @@ class Body:
             raise AuthenticationError("the body does not have the signed content-digest")
         if held:
             yield held
+
+    async def _invite(self) -> None:
+        """Has the sender begin, if it waits for that."""
+        if self._is_awaited:
+            self._is_awaited = False
+            await self._request.writer.write(_CONTINUE)
+            self._request.writer.output_size = 0  # of the answer, nothing was written yet
 
     def _seen(self, piece: bytes) -> bytes:
         self._hasher.update(piece)

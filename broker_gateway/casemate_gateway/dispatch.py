@@ -17,7 +17,7 @@ from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas import subjects
 from casemate_schemas.admission import URGENCY
-from casemate_schemas.errors import CasemateError, NotFoundError
+from casemate_schemas.errors import CasemateError, IntegrityError, NotFoundError, UnavailableError
 from casemate_schemas.job_state import JobRecord
 from casemate_schemas.subjects import ResourceClass
 from nats.aio.client import Client
@@ -27,6 +27,7 @@ from .records import RecordReader
 from .schedule import Entry, Schedule
 
 _RETRY_S = 1.0
+_FIRST_COUNT_S = 10.0
 
 
 class Dispatcher:
@@ -50,12 +51,22 @@ class Dispatcher:
         self._clock = clock
         self._changed: set[str] = set()
         self._wake = asyncio.Event()
+        self._reconciled = asyncio.Event()
 
     def see(self, record: JobRecord) -> None:
         """A job's record as it is now."""
         if (entry := self.entry(record)) is not None:
             self._schedules[record.resource_class].see(entry)
             self._wake.set()
+
+    async def jobs_of(self, member: str) -> int:
+        """Jobs of a member's that have not ended, as far as known here. Raises :class:`UnavailableError` before any is."""
+        try:
+            async with asyncio.timeout(_FIRST_COUNT_S):
+                await self._reconciled.wait()
+        except TimeoutError as error:
+            raise UnavailableError("jobs were not counted yet: try again") from error
+        return sum(schedule.count(member) for schedule in self._schedules.values())
 
     def entry(self, record: JobRecord) -> Entry | None:
         """What a job's turn depends on; None for a record that is broken, which waits until someone looks at it.
@@ -87,6 +98,7 @@ class Dispatcher:
             schedule.replace(entry for entry in found if entry.resource_class == resource_class)
             for job_id in schedule.handed_out:
                 await self._queues[resource_class].publish(job_id)
+        self._reconciled.set()
         self._wake.set()
 
     async def run(self) -> None:
@@ -134,6 +146,8 @@ class Dispatcher:
                 self.see((await self._jobs.get(job_id))[0])
             except NotFoundError:
                 continue
+            except IntegrityError as error:
+                self._log.error("record_broken", job_id=job_id, reason=error.reason)
             except CasemateError:
                 self._changed.add(job_id)
                 raise

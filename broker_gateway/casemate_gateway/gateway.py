@@ -30,6 +30,7 @@ from .dispatch import Dispatcher
 from .housekeeping import Housekeeping
 from .limits import Pace, TokenBuckets
 from .metrics import Metrics
+from .quotas import Quotas
 from .records import Job, RecordReader, no_such_job
 from .settings import Settings
 from .transitions import Transitions
@@ -88,6 +89,7 @@ class Gateway:
     downloads: Places
     event_streams: Places
     requests: TokenBuckets
+    quotas: Quotas
     pace: Pace
     metrics: Metrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)

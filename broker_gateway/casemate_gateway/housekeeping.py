@@ -25,6 +25,7 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.leases import MAX_CONDEMNED, LeaseStore
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.stored import StoredSizes
 from casemate_messaging.uploads import UploadStore
 from casemate_schemas.codec import decode
 from casemate_schemas.envelope import MAX_HEAD_BYTES, EnvelopeHead, EnvelopeHeader
@@ -77,6 +78,7 @@ class Housekeeping:
         blobs: BlobStore,
         envelopes: EnvelopeStore,
         uploads: UploadStore,
+        sizes: StoredSizes,
         retention: Retention,
         log: ProgramLog,
         clock: Callable[[], int],
@@ -85,6 +87,7 @@ class Housekeeping:
         self._blobs = blobs
         self._envelopes = envelopes
         self._uploads = uploads
+        self._sizes = sizes
         self._retention = retention
         self._log = log
         self._clock = clock
@@ -110,6 +113,7 @@ class Housekeeping:
         """Removes all that may go now; None if another gateway is at it.
 
         1. Uploads past their expiry. 2. Envelopes. 3. Blobs, those of these envelopes included. 4. Chunks of no blob.
+        5. Sizes that were noted of envelopes that are neither there nor on their way.
 
         Raises :class:`ConflictError` if the lease was lost, :class:`IntegrityError` for a job record that cannot be read
         (then nothing is removed that it may refer to), :class:`UnavailableError`.
@@ -123,6 +127,7 @@ class Housekeeping:
             removed.blobs = await self._remove(await self._old_blobs(), self._wanted_blobs, self._drop_blob)  # 3
             unfinished = [segment.upload_id async for state, _ in self._uploads.list() for segment in state.segments]
             removed.orphans = await self._blobs.sweep(now_ms=self._clock(), kept=frozenset(unfinished))  # 4
+            await self._forget_sizes()  # 5
         finally:
             with contextlib.suppress(CasemateError):
                 await self._lease.give_back()
@@ -152,6 +157,15 @@ class Housekeeping:
                     await self._uploads.give_up(state, revision)
                     ended += 1
         return ended
+
+    async def _forget_sizes(self) -> None:
+        noted = [(envelope, note.sequence) async for envelope, note in self._sizes.list() if self._is_old(note)]
+        there = {digest.hex() async for digest, _ in self._envelopes.heads()}
+        there |= {state.envelope async for state, _ in self._uploads.list()}
+        for envelope, sequence in noted:
+            if envelope not in there:
+                await self._lease.keep()
+                await self._sizes.remove(envelope, sequence=sequence)
 
     async def _remove(
         self,

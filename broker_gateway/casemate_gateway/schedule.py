@@ -42,10 +42,15 @@ class Schedule:
         self._jobs: dict[str, Entry] = {}
         self._handed: set[str] = set()
         self._busy: Counter[str] = Counter()
+        self._members: Counter[str] = Counter()
         self._ready: dict[str, list[tuple[int, int, str]]] = {}
         self._later: list[tuple[int, str]] = []
         self._served: dict[str, int] = {}
         self._turn = 0
+
+    def count(self, member: str) -> int:
+        """Jobs of a member's that have not ended."""
+        return self._members[member]
 
     def get(self, job_id: str) -> Entry | None:
         """The job as it was last seen, until it ended."""
@@ -68,6 +73,7 @@ class Schedule:
         if entry.state in TERMINAL:
             return
         self._jobs[entry.job_id] = entry
+        self._members[entry.member] += 1
         if entry.state in _UNDER_WAY:
             self._busy[entry.member] += 1
         elif entry.state == "queued":
@@ -118,6 +124,8 @@ class Schedule:
 
     def _forget(self, job_id: str) -> None:
         entry = self._jobs.pop(job_id, None)
+        if entry is not None:
+            self._members[entry.member] -= 1
         if entry is not None and (job_id in self._handed or entry.state in _UNDER_WAY):
             self._busy[entry.member] -= 1
         self._handed.discard(job_id)

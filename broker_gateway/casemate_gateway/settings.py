@@ -31,11 +31,15 @@ class Settings(ProgramSettings):
     max_uploads: Annotated[int, Field(ge=1, le=1024)] = 8
     """Uploads at once; each holds about 10 MiB of memory."""
     max_downloads: Annotated[int, Field(ge=1, le=1024)] = 16
-    max_event_streams: Annotated[int, Field(ge=1, le=65536)] = 512
+    max_event_streams: Annotated[int, Field(ge=1, le=65536)] = 2048
     max_unfinished_bytes: Annotated[int, Field(ge=1 << 20)] = 16 << 30
     """What the unfinished uploads of one member's people may add up to."""
     upload_expiry_s: Annotated[float, Field(ge=60, le=30 * 24 * 3600)] = 24 * 3600.0
     """How long an upload may stand still before it is given up."""
+    max_stored_bytes_per_member: Annotated[int, Field(ge=1 << 20)] = 1 << 40
+    """What the envelopes that one member's people have stored, or begun to, may add up to."""
+    max_jobs_per_member: Annotated[int, Field(ge=1, le=100_000)] = 20_000
+    """Jobs of one member that have not ended."""
     max_jobs_listed: Annotated[int, Field(ge=1, le=10_000)] = 1000
     body_idle_s: Seconds = 30.0
     """How long a body may stand still."""
@@ -76,5 +80,7 @@ class Settings(ProgramSettings):
 
     ack_wait_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
     """How long a worker may be silent before its job goes to another one; workers speak up each ``heartbeat_s`` of theirs."""
+    allow_unsafe_durability: bool = False
+    """Whether to run on a NATS that may acknowledge before its disk has it, or that does not say."""
     stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
     max_blob_store_bytes: Annotated[int, Field(ge=-1)] = -1

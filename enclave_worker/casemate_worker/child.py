@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, BinaryIO
 from casemate_schemas.codec import decode, digest_of, encode
 from casemate_schemas.dataset import DatasetCard
 from casemate_schemas.errors import CasemateError, MalformedError, TrainingError
-from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec
+from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec, Plan
 from casemate_schemas.sections import unpack_sections
 
 from .accelerators import refuse_accelerators
-from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame
+from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame
 from .isolation import die_before_parent, die_with_parent, forbid_files, isolate
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Child:
         2. Take spec and weights, build the model, check it against loss and pipeline: errors so far are about the model.
         3. Write to no file any more; take the datasets, then the checkpoint if there is one, and the seed.
         4. Train; tell steps; hand over a checkpoint every so often.
-        5. Hand over the weights. From 3 on every failure is the same to the outside.
+        5. Hand over the weights, or of an audit the counts. From 3 on every failure is the same to the outside.
         """
         isolation = isolate()  # 1
         try:
@@ -80,13 +80,19 @@ class Child:
         from casemate_models.building import build
         from casemate_models.losses import check_loss
 
+        from .privacy_audit import AuditedTraining
         from .training.engine import OwnerData, Trainer
 
         plan, training = spec.plan, spec.plan.training
         check_loss(spec.model, training.loss, plan.pipeline)
         kind = torch.int64 if training.loss == "cross_entropy" else torch.float32
-        nobody = OwnerData("nobody", torch.zeros(1, *spec.model.input_shape), torch.zeros(1, dtype=kind), Fraction(1))
+        record = torch.zeros(1, *spec.model.input_shape), torch.zeros(1, dtype=kind)
+        width = max(use.unit_records for use in plan.datasets)
+        subjects = None if plan.privacy.unit == "record" else torch.zeros(1, width, dtype=torch.int64)
+        nobody = OwnerData("nobody", *record, Fraction(1), subjects=subjects, bound=1)
         Trainer(build(spec.model, weights), [nobody], training, expected_batch=plan.expected_batch, seed=bytes(32))
+        if plan.audit is not None:
+            AuditedTraining(build(spec.model, weights), [nobody], plan, bytes(32))
         return build(spec.model, weights)
 
     def _take_data(self, spec: JobSpec) -> tuple[list[bytes], bytes, bytes]:
@@ -103,6 +109,9 @@ class Child:
         owners = [owner_data(spec, use, data) for use, data in zip(plan.datasets, datasets, strict=True)]
         datasets.clear()
         gc.collect()
+        if plan.audit is not None:
+            self._audit(plan, model, owners, seed)
+            return
         trainer = Trainer(model, owners, plan.training, expected_batch=plan.expected_batch, seed=seed)
         if checkpoint:
             trainer.restore(checkpoint)
@@ -115,8 +124,20 @@ class Child:
                 self._send(b"C", encode(Progress(step=step)))
 
         trainer.run(on_step=on_step)
+        if plan.metrics is not None:
+            self._send(b"M", encode(trainer.metrics(plan.metrics)))
+        model.load_state_dict(trainer.weights())
         self._send_pieces(b"w", weights_of(model))
-        self._send(b"W", b"")
+        self._send(b"W", encode(Done(clipping=dict(trainer.clipping_strategies))))
+
+    def _audit(self, plan: Plan, model: nn.Module, owners: list[OwnerData], seed: bytes) -> None:
+        """Train with canaries and say what was guessed about them. Nothing else leaves; an attempt starts from the beginning."""
+        from .privacy_audit import AuditedTraining
+
+        audited = AuditedTraining(model, owners, plan, seed)
+        audited.trainer.run(on_step=lambda step: self._send(b"P", encode(Progress(step=step))))
+        self._send(b"A", encode(audited.counts()))
+        self._send(b"W", encode(Done(clipping=audited.clipping_strategies)))
 
     def _take(self, expected: bytes) -> bytes:
         tag, payload = read_frame(self._source)
@@ -152,15 +173,29 @@ def owner_data(spec: JobSpec, use: DatasetUse, plaintext: bytes) -> OwnerData:
     from casemate_models.pipeline import check_pipeline, examples, read_columns
 
     from .training.engine import OwnerData
+    from .training.subjects import subject_table
 
     sections = unpack_sections(plaintext, DATASET_SECTIONS)
     card = decode(DatasetCard, bytes(sections["card"]))
     if digest_of(card) != use.card:
         raise MalformedError("the dataset's card is not the one in the terms")
+    if (card.privacy_unit == "subject") != (use.subjects is not None):
+        raise MalformedError("the dataset's privacy unit is not the one in the terms")
     check_pipeline(spec.plan.pipeline, card, spec.model.input_shape)
     columns = read_columns(bytes(sections["columns"]), card, use.row_bound)
+    subjects = None
+    if use.subjects is not None and card.subject_column is not None:
+        table = subject_table(columns[card.subject_column], use.subjects.max_records, use.subjects.bound)
+        subjects = torch.from_numpy(table)
     features, targets = examples(columns, card, spec.plan.pipeline, spec.model.input_shape)
-    return OwnerData(use.dataset, torch.as_tensor(features), torch.as_tensor(targets), use.sample_rate.fraction)
+    return OwnerData(
+        use.dataset,
+        torch.as_tensor(features),
+        torch.as_tensor(targets),
+        use.sample_rate.fraction,
+        subjects=subjects,
+        bound=use.units,
+    )
 
 
 def main() -> None:

@@ -8,15 +8,19 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
-from casemate_schemas.codec import decode, encode
+from casemate_schemas.audit import AuditCounts
+from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import CasemateError, MalformedError, TrainingError, error_from_reason
 from casemate_schemas.job import JobSpec
+from casemate_schemas.metrics import MetricSums
 
-from .frames import Failure, Progress, Start, Train, frame, pieces, read_frame_async
+from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame_async
 
 _MAX_WEIGHTS_BYTES: Final = 8 << 30
+
+_M = TypeVar("_M", bound=WireModel)
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,13 @@ class CheckpointReady:
 
 @dataclass(frozen=True)
 class Trained:
-    """The final weights, as safetensors."""
+    """The final weights, as safetensors, and their metrics if the plan has some; or, of an audit, its counts alone."""
 
     weights: bytes = field(repr=False)
+    metrics: MetricSums | None = None
+    audit: AuditCounts | None = None
+    clipping: dict[str, str] = field(default_factory=dict)
+    """How each parameter's gradients were clipped, by name."""
 
 
 Report = StepDone | CheckpointReady | Trained
@@ -59,6 +67,8 @@ class TrainingProcess:
         self._stdout = process.stdout
         self.isolation = ""
         self._last_step = 0
+        self._has_metrics = False
+        self._is_audit = False
         self._has_data = False
 
     @classmethod
@@ -94,6 +104,8 @@ class TrainingProcess:
         """
         self.isolation = (await self._expect(b"R")).decode("ascii")
         self._last_step = spec.plan.training.steps
+        self._has_metrics = spec.plan.metrics is not None
+        self._is_audit = spec.plan.audit is not None
         await self._write(b"S", encode(spec))
         await self._write_pieces(b"W", pieces(weights))
         await self._write(b"p", b"")
@@ -114,21 +126,25 @@ class TrainingProcess:
         await self._write_pieces(b"C", pieces(checkpoint or b""))
         await self._write(b"c", b"")
         await self._write(b"T", encode(Train(seed=seed)))
-        parts, done = bytearray(), 0
+        parts, done, metrics, audit = bytearray(), 0, None, None
         while True:
             tag, payload = await self._next()
             if tag == b"P":
                 done = self._counted(payload, done)
                 yield StepDone(done)
-            elif tag in (b"c", b"w"):
+            elif tag in (b"c", b"w") and not self._is_audit:
                 parts += payload
                 if len(parts) > _MAX_WEIGHTS_BYTES:
                     raise TrainingError("the training process sends too much")
-            elif tag == b"C":
+            elif tag == b"C" and not self._is_audit:
                 yield CheckpointReady(done, bytes(parts))
                 parts.clear()
-            elif tag == b"W":
-                yield Trained(bytes(parts))
+            elif tag == b"M" and self._has_metrics and metrics is None and done == self._last_step:
+                metrics = _decoded(MetricSums, payload)
+            elif tag == b"A" and self._is_audit and audit is None and done == self._last_step:
+                audit = _decoded(AuditCounts, payload)
+            elif tag == b"W" and (metrics is not None, audit is not None) == (self._has_metrics, self._is_audit):
+                yield Trained(bytes(parts), metrics, audit, _decoded(Done, payload).clipping)
                 return
             else:
                 raise TrainingError("the training process is out of step")
@@ -149,10 +165,7 @@ class TrainingProcess:
 
     def _counted(self, payload: bytes, done: int) -> int:
         """The next step: any of the plan's to begin with (a checkpoint may have been resumed), then by ones."""
-        try:
-            step = decode(Progress, payload).step
-        except MalformedError as error:
-            raise TrainingError("the training process is out of step") from error
+        step = _decoded(Progress, payload).step
         if not 0 < step <= self._last_step or (done and step != done + 1):
             raise TrainingError("the training process is out of step")
         return step
@@ -197,3 +210,10 @@ class TrainingProcess:
                 except CasemateError as told:
                     return told
         return TrainingError("the training process ended")
+
+
+def _decoded(kind: type[_M], payload: bytes) -> _M:
+    try:
+        return decode(kind, payload)
+    except MalformedError as error:
+        raise TrainingError("the training process is out of step") from error

@@ -3,7 +3,8 @@
 ::
 
     parent -> child   S start   W weights   p prepare   D data of one dataset   C checkpoint   T train
-    child -> parent   R ready   P progress  c checkpoint piece   C checkpoint end   w weights piece   W done   E error
+    child -> parent   R ready   P progress  c checkpoint piece   C checkpoint end   M metrics   A audit   w weights piece
+                      W done    E error
 
 Both ends are the same measured program, so frames are bounded and checked, but not signed.
 """
@@ -18,6 +19,7 @@ from typing import Annotated, BinaryIO, ClassVar, Final
 from casemate_schemas.codec import WireModel
 from casemate_schemas.errors import MalformedError
 from casemate_schemas.job import MAX_STEPS
+from casemate_schemas.result import Clipping
 from pydantic import Field
 
 PIECE_BYTES: Final = 1 << 20
@@ -48,6 +50,14 @@ class Progress(WireModel):
     KIND: ClassVar[str] = "training-progress"
 
     step: Annotated[int, Field(ge=0, le=MAX_STEPS)]
+
+
+class Done(WireModel):
+    """Last frame from the child: how it computed, as far as the terms leave that open."""
+
+    KIND: ClassVar[str] = "training-done"
+
+    clipping: Clipping
 
 
 class Failure(WireModel):

@@ -17,7 +17,9 @@ from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import Delivery, WorkQueue
 from casemate_messaging.rpc import call
+from casemate_privacy.auditing import audit_report
 from casemate_privacy.statement import planned_epsilon, privacy_statement
+from casemate_schemas.audit import AuditCounts, AuditReport
 from casemate_schemas.codec import encode
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import (
@@ -25,6 +27,7 @@ from casemate_schemas.errors import (
     ConflictError,
     IntegrityError,
     NotFoundError,
+    ParameterError,
     ReleaseError,
     SealError,
     SetupError,
@@ -34,6 +37,7 @@ from casemate_schemas.errors import (
     problem_of,
 )
 from casemate_schemas.evidence import MAX_ATTEMPTS, Evidence
+from casemate_schemas.job import Plan
 from casemate_schemas.job_state import (
     TERMINAL,
     JobRecord,
@@ -77,6 +81,8 @@ class Worker:
         log: ProgramLog,
     ) -> None:
         """``consortium`` gives the newest one known. An attempt keeps the one that it began with."""
+        self.pull_wait_s = settings.pull_wait_s
+        self._resting_until = 0.0
         self._settings = settings
         self._client = client
         self._consortium = consortium
@@ -89,30 +95,25 @@ class Worker:
         self._store = EnvelopeStore(client, BlobStore(client))
         self._output = SealedOutput(self._store, consortium().id, settings.scratch_dir)
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Handles deliveries until ``stop`` is set; one under way is given up then, and delivered to another."""
-        stopped = asyncio.create_task(stop.wait())
-        try:
-            while not stop.is_set():
-                turn = asyncio.create_task(self._turn())
-                await asyncio.wait({turn, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not turn.done():
-                    turn.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await turn
-        finally:
-            stopped.cancel()
-            await self._queue.close()
+    async def pull(self, wait_s: float) -> Delivery | None:
+        """The next delivery, or None after ``wait_s`` seconds (0: if there is none now).
 
-    async def _turn(self) -> None:
+        A queue that could not be asked is left alone for ``retry_delay_s``: until then there is nothing in it.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._resting_until:
+            await asyncio.sleep(min(wait_s, self._resting_until - now))
+            return None
         try:
-            delivery = await self._queue.pull(self._settings.pull_wait_s)
+            return await self._queue.pull(wait_s)
         except UnavailableError as error:
             self._log.warning("pull_failed", reason=error.reason)
-            await asyncio.sleep(self._settings.retry_delay_s)
-            return
-        if delivery is not None:
-            await self.handle(delivery)
+            self._resting_until = asyncio.get_running_loop().time() + self._settings.retry_delay_s
+            return None
+
+    async def close(self) -> None:
+        """Pulls no more."""
+        await self._queue.close()
 
     async def handle(self, delivery: Delivery) -> None:
         """One delivery, from claim to ack.
@@ -189,8 +190,8 @@ class Worker:
                     digest = await self._output.put("checkpoint", [state], attempt, resume_key, created=self._clock())
                     await self._revise(attempt, checkpoint=digest)
                     self._log.info("checkpoint", job_id=attempt.job_id, attempt=attempt.number, step=step)
-                case Trained(weights):
-                    return await self._upload(attempt, job, evidence, keys, child, weights)
+                case Trained():
+                    return await self._upload(attempt, job, evidence, keys, child, report)
         raise TrainingError("the training process ended without weights")
 
     async def _upload(
@@ -200,7 +201,7 @@ class Worker:
         evidence: Evidence,
         keys: Keys,
         child: TrainingProcess,
-        weights: bytes,
+        trained: Trained,
     ) -> bytes:
         """The result envelope, sealed under the resume key alone; its digest."""
         plan = job.spec.plan
@@ -213,11 +214,14 @@ class Worker:
             evidence=evidence,
             grants=granted(keys, job.terms.terms),
             privacy=await asyncio.to_thread(privacy_statement, plan),
+            metrics=trained.metrics,
+            audit=await asyncio.to_thread(_audit_report, plan, trained.audit),
+            clipping=trained.clipping,
             software=_software(),
             isolation=child.isolation,
             finished=self._clock(),
         )
-        plaintext = pack_sections({"manifest": encode(manifest), "weights": weights})
+        plaintext = pack_sections({"manifest": encode(manifest), "weights": trained.weights})
         resume_key = keys.resume_key(job.terms.digest)
         return await self._output.put("result", [plaintext], attempt, resume_key, created=self._clock())
 
@@ -377,6 +381,14 @@ async def _ended(*tasks: asyncio.Task[None]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _audit_report(plan: Plan, counts: AuditCounts | None) -> AuditReport | None:
+    """What an audit proves. Counts come from the training process: what is wrong with them is one failure of it like any."""
+    try:
+        return None if counts is None else audit_report(plan, counts)
+    except ParameterError as error:
+        raise TrainingError("training failed") from error
 
 
 def _software() -> dict[str, str]:

@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import Final
 
 from casemate_privacy.accounting import epsilon
-from casemate_privacy.events import PrivacyEvent, TrainingEvent, sampled
+from casemate_privacy.events import PrivacyEvent, ScheduledEvent, TrainingEvent, sampled
 from casemate_privacy.renyi import Curve, rdp_curve
 from casemate_privacy.renyi_filter import RenyiFilter
+from casemate_privacy.statement import job_event
 from casemate_schemas.errors import BudgetError
-from casemate_schemas.job import DatasetUse, Rational, Training
+from casemate_schemas.job import DatasetUse, Plan, Rational
 from casemate_schemas.licence import Licence
-from casemate_schemas.requests import Budget, BudgetRenewal, ChargeKind, LedgerLine
+from casemate_schemas.requests import Budget, BudgetRenewal, ChargeKind, LedgerLine, ReleasePhase
 
 from . import ledger, standings
 from .database import Transaction
@@ -24,19 +25,17 @@ from .standings import Standing
 MAX_LINES: Final = 1024
 
 
-def charge_of(use: DatasetUse, training: Training, dataset: Registered) -> Charge:
-    """What ``training`` costs ``dataset`` under the licence in force: up to a second of work the first time.
+def charge_of(use: DatasetUse, plan: Plan, dataset: Registered) -> Charge:
+    """What ``plan`` costs ``dataset`` under the licence in force: up to a second of work the first time.
 
     Raises :class:`ParameterError` for what cannot be accounted.
     """
-    unit_records = dataset.card.max_records_per_subject or 1
-    event = TrainingEvent(use.sample_rate.fraction, training.noise_multiplier, training.steps, unit_records)
-    return charge_for(event, "train", dataset)
+    return charge_for(job_event(plan, use), "train", dataset)
 
 
 def charge_for(released: PrivacyEvent, kind: ChargeKind, dataset: Registered) -> Charge:
     """What a release costs ``dataset`` under the licence in force. Raises :class:`ParameterError`."""
-    event = sampled(released)
+    event, *further = released.phases if isinstance(released, ScheduledEvent) else (sampled(released),)
     return Charge(
         dataset=dataset.id,
         lineage=dataset.lineage,
@@ -45,11 +44,18 @@ def charge_for(released: PrivacyEvent, kind: ChargeKind, dataset: Registered) ->
         sample_rate=Rational.of(event.sample_rate),
         noise_multiplier=event.noise_multiplier,
         steps=event.steps,
+        further=tuple(_phase(other) for other in further),
         unit_records=event.unit_records,
-        epsilon=epsilon(event, dataset.licence.delta),
-        curve=rdp_curve(event),
+        epsilon=epsilon(released, dataset.licence.delta),
+        curve=rdp_curve(released),
         limit_epsilon=dataset.licence.epsilon,
         delta=dataset.licence.delta,
+    )
+
+
+def _phase(event: TrainingEvent) -> ReleasePhase:
+    return ReleasePhase(
+        sample_rate=Rational.of(event.sample_rate), noise_multiplier=event.noise_multiplier, steps=event.steps
     )
 
 
@@ -128,7 +134,10 @@ def _line(
         sample_rate=charge.sample_rate,
         noise_multiplier=charge.noise_multiplier,
         steps=charge.steps,
+        further=charge.further,
         unit_records=charge.unit_records,
+        limit_epsilon=charge.limit_epsilon,
+        delta=charge.delta,
         epsilon=charge.epsilon,
         epsilon_after=None if standing is None else standing.epsilon,
         estimate_after=None if standing is None else standing.estimate,

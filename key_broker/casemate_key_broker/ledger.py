@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final, Literal
 
-from casemate_privacy.events import MAX_UNIT_RECORDS, TrainingEvent
+from casemate_privacy.events import MAX_UNIT_RECORDS, ScheduledEvent, TrainingEvent
 from casemate_privacy.renyi import ORDERS, ZERO_CURVE, Curve, add_curves
 from casemate_privacy.renyi_filter import RenyiFilter
 from casemate_schemas.codec import (
@@ -30,7 +30,7 @@ from casemate_schemas.codec import (
 from casemate_schemas.dataset import DatasetId
 from casemate_schemas.errors import BudgetError, CasemateError, CommitConflictError, IntegrityError, StateError
 from casemate_schemas.job import MAX_DATASETS, MAX_STEPS, JobId, Rational
-from casemate_schemas.requests import ChargeKind
+from casemate_schemas.requests import MAX_RELEASE_PHASES, ChargeKind, ReleasePhase
 from pydantic import Field
 
 from .database import Transaction, get_meta, set_meta
@@ -55,6 +55,8 @@ class Charge(WireModel):
     noise_multiplier: float
     """Standard deviation of the noise over the sensitivity."""
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    further: Annotated[tuple[ReleasePhase, ...], Field(max_length=MAX_RELEASE_PHASES)] = ()
+    """What the same job releases besides: under other noise, as its schedule says, or metrics."""
     unit_records: Annotated[int, Field(ge=1, le=MAX_UNIT_RECORDS)] = 1
     """The most records of one privacy unit."""
     epsilon: Annotated[float, Field(ge=0)]
@@ -65,9 +67,14 @@ class Charge(WireModel):
     delta: Annotated[float, Field(gt=0, lt=1)]
 
     @property
-    def event(self) -> TrainingEvent:
+    def event(self) -> ScheduledEvent:
         """What the lineage's records went through. Raises :class:`ParameterError` for what cannot be accounted."""
-        return TrainingEvent(self.sample_rate.fraction, self.noise_multiplier, self.steps, self.unit_records)
+        first = TrainingEvent(self.sample_rate.fraction, self.noise_multiplier, self.steps, self.unit_records)
+        further = (
+            TrainingEvent(phase.sample_rate.fraction, phase.noise_multiplier, phase.steps, self.unit_records)
+            for phase in self.further
+        )
+        return ScheduledEvent((first, *further))
 
 
 class LedgerEntry(WireModel):

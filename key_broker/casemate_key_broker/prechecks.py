@@ -165,11 +165,7 @@ def check_datasets(uses: tuple[OwnedUse, ...], plan: Plan) -> None:
     for use, dataset in ((owned.use, owned.dataset) for owned in uses):
         if (use.envelope, use.card) != (dataset.envelope, dataset.card_digest):
             raise DatasetError(f"{use.dataset} has another version now: list the datasets again")
-        if dataset.card.privacy_unit != "record":
-            raise DatasetError(
-                f"{use.dataset} protects subjects, with up to {dataset.card.max_records_per_subject} records each, and no "
-                "worker bounds what one subject contributes yet: no job can use it"
-            )
+        _check_unit(use, dataset.card)
         if use.row_bound != dataset.card.row_bound:
             raise DatasetError(f"{use.dataset} declares at most {dataset.card.row_bound} rows, not {use.row_bound}")
         _check_pipeline(plan, dataset.card)
@@ -224,7 +220,7 @@ def price(uses: tuple[OwnedUse, ...], plan: Plan) -> tuple[Charge, ...]:
 
     Raises :class:`BudgetError` or :class:`ParameterError`.
     """
-    charges = tuple(charge_of(owned.use, plan.training, owned.dataset) for owned in uses)
+    charges = tuple(charge_of(owned.use, plan, owned.dataset) for owned in uses)
     for owned, charge in zip(uses, charges, strict=True):
         check_cap(charge, owned.dataset.licence)
     return charges
@@ -245,9 +241,23 @@ ACTIONS: Final[tuple[Action, ...]] = ("train", "read_result")
 """What a job does with a dataset."""
 
 
+def _check_unit(use: DatasetUse, card: DatasetCard) -> None:
+    """That the plan protects what the card does: records, or subjects within their declared bounds."""
+    if (use.subjects is not None) != (card.privacy_unit == "subject"):
+        raise DatasetError(f"{use.dataset} protects one {card.privacy_unit}: the plan is for another privacy unit")
+    if use.subjects is None:
+        return
+    if use.subjects.max_records > (card.max_records_per_subject or 1):
+        raise DatasetError(f"{use.dataset} lends at most {card.max_records_per_subject} records of a subject")
+    if use.subjects.bound != (card.subject_bound or card.row_bound):
+        raise DatasetError(f"{use.dataset} declares at most {card.subject_bound or card.row_bound} subjects")
+
+
 def _check_pipeline(plan: Plan, card: DatasetCard) -> None:
     """Columns and kinds as the worker will want them; it checks again, with the model's input shape."""
     pipeline = plan.pipeline
+    if card.subject_column in (*pipeline.features, pipeline.target):
+        raise DatasetError(f"column '{card.subject_column}' of {card.id} names subjects: no model may see it")
     missing = [name for name in (*pipeline.features, pipeline.target) if card.column(name) is None]
     if missing:
         raise DatasetError(f"{card.id} has no column '{missing[0]}'")

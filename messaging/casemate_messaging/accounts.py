@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from casemate_schemas import subjects
-from casemate_schemas.subjects import GATEWAY_ACCOUNT, WORKER_ACCOUNT, Permissions
+from casemate_schemas.subjects import GATEWAY_ACCOUNT, SERVER_STATUS, SYSTEM_ACCOUNT, WORKER_ACCOUNT, Permissions
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def accounts(users: Sequence[User]) -> dict[str, Any]:
 
     Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account, key brokers
     :data:`~casemate_schemas.subjects.KEY_BROKER_SERVICES` and each its own ledger's head; gateway and workers reach each
-    key broker's requests.
-    JetStream exists in the gateway's account alone.
+    key broker's requests. The gateway's account alone has JetStream, and may ask every server how it keeps streams: for
+    that the configuration's ``system_account`` must be :data:`~casemate_schemas.subjects.SYSTEM_ACCOUNT`.
     """
     key_brokers = sorted({user.name for user in users if user.role == "key_broker"})
     to_key_brokers = [_service(subjects.key_broker_account(k), f"{subjects.key_broker(k)}.*") for k in key_brokers]
@@ -62,8 +62,10 @@ def accounts(users: Sequence[User]) -> dict[str, Any]:
         offered += [_offer(subject, own) for subject in subjects.ledger_head_services(name)]
     manifests = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.KEY_BROKER_SERVICES]
     wanted = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.WORKER_SERVICES]
+    of_servers = _service(SYSTEM_ACCOUNT, SERVER_STATUS)
     sections: dict[str, Any] = {
-        GATEWAY_ACCOUNT: {"jetstream": "enabled", "exports": offered, "imports": to_key_brokers},
+        SYSTEM_ACCOUNT: {"exports": [_offer(SERVER_STATUS, GATEWAY_ACCOUNT)]},
+        GATEWAY_ACCOUNT: {"jetstream": "enabled", "exports": offered, "imports": [*to_key_brokers, of_servers]},
         WORKER_ACCOUNT: {"imports": [*wanted, *to_key_brokers]},
     }
     for name in key_brokers:

@@ -185,6 +185,11 @@ def translated(action: str) -> Iterator[None]:
         raise casemate_error(error, action) from error
 
 
+def is_wrong_revision(error: nats.js.errors.APIError) -> bool:
+    """Whether a write was refused because of what was there already."""
+    return error.err_code in _WRONG_LAST_SEQUENCE
+
+
 def casemate_error(error: BaseException, action: str) -> CasemateError:
     """The error of our tree for an error of NATS; what nobody foresaw is :class:`UnavailableError`, to be tried again."""
     code = getattr(error, "err_code", None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 from casemate_schemas import subjects
@@ -12,6 +14,7 @@ from casemate_schemas.errors import IntegrityError, MalformedError
 from casemate_schemas.job_state import TERMINAL, JobEvent
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from .connection import REQUEST_TIMEOUT_S, settle, translated
 from .direct import read_batch
@@ -26,6 +29,9 @@ class EventLog:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._subscription: Subscription | None = None
+        self._listening = asyncio.Lock()
 
     async def publish(self, event: JobEvent) -> int:
         """Stores an event, durably; returns its sequence, which grows with time over all jobs.
@@ -54,15 +60,7 @@ class EventLog:
         A lost wake-up (a reconnect, say) costs at most ``poll_s`` seconds, never an event. Close the iterator
         (``aclosing``) when done.
         """
-        stored = asyncio.Event()
-
-        async def wake(_: Msg) -> None:
-            stored.set()
-
-        with translated("following a job"):
-            subscription = await self._client.subscribe(subjects.event_stored(job_id), cb=wake)
-            await settle(self._client)
-        try:
+        async with self._woken(job_id) as stored:
             while True:
                 stored.clear()
                 async for sequence, event in self.replay(job_id, after):
@@ -74,9 +72,32 @@ class EventLog:
                     await asyncio.wait_for(stored.wait(), poll_s)
                 except TimeoutError:
                     continue
+
+    @asynccontextmanager
+    async def _woken(self, job_id: str) -> AsyncGenerator[asyncio.Event]:
+        """What is set whenever an event of the job is stored."""
+        stored = asyncio.Event()
+        self._followers[job_id].add(stored)
+        try:
+            await self._listen()
+            yield stored
         finally:
-            with translated("following a job"):
-                await subscription.unsubscribe()
+            self._followers[job_id].discard(stored)
+            if not self._followers[job_id]:
+                del self._followers[job_id]
+
+    async def _listen(self) -> None:
+        """One subscription for all followers, made for the first one, and kept."""
+        async with self._listening:
+            if self._subscription is None:
+                with translated("following jobs"):
+                    subscription = await self._client.subscribe(subjects.EVERY_EVENT_STORED, cb=self._wake)
+                    await settle(self._client)
+                self._subscription = subscription
+
+    async def _wake(self, message: Msg) -> None:
+        for stored in self._followers.get(message.subject.rpartition(".")[2], ()):
+            stored.set()
 
 
 def _event(job_id: str, data: bytes) -> JobEvent:

@@ -89,8 +89,13 @@ class JobStore:
             return changed
         raise ConflictError(f"job {job_id} changed {_MAX_TRIES} times meanwhile")
 
-    async def list(self) -> AsyncIterator[tuple[JobRecord, int]]:
+    async def list(
+        self, broken: Callable[[str, IntegrityError], None] | None = None
+    ) -> AsyncIterator[tuple[JobRecord, int]]:
         """Every job once, the longest unchanged first. For the gateway: workers have no permission.
+
+        A record that cannot be read is told to ``broken`` (its key, and why) and left out. Without ``broken`` it raises
+        :class:`IntegrityError`: for those who must know all jobs or none.
 
         Read from the stream, which holds one message a job: nats-py's watch can say that there is nothing when the first
         records are still on their way (its initial marker races with them).
@@ -99,10 +104,18 @@ class JobStore:
         subject, start = f"$KV.{subjects.JOB_BUCKET}.*", 1
         while batch := await read_batch(self._client, subjects.JOB_STREAM, subject, start=start, limit=_LIST_BATCH):
             for stored in batch:
-                record = _decoded(stored.data)
-                if record.job_id not in seen:
-                    seen.add(record.job_id)
-                    yield record, stored.sequence
+                key = stored.subject.rpartition(".")[2]
+                if key in seen:
+                    continue
+                seen.add(key)
+                try:
+                    record = _owned(_decoded(stored.data), key)
+                except IntegrityError as error:
+                    if broken is None:
+                        raise
+                    broken(key, error)
+                    continue
+                yield record, stored.sequence
             start = batch[-1].sequence + 1
 
     async def watch(self, job_id: str) -> AsyncIterator[tuple[JobRecord, int]]:
@@ -135,7 +148,12 @@ def _decoded(data: bytes) -> JobRecord:
 
 
 def _record(entry: KeyValue.Entry) -> tuple[JobRecord, int]:
-    record = _decoded(entry.value or b"")
-    if record.job_id != entry.key or entry.revision is None:
-        raise IntegrityError(f"the stored record of job {entry.key} is another job's")
-    return record, entry.revision
+    if entry.revision is None:
+        raise IntegrityError(f"the stored record of job {entry.key} has no revision")
+    return _owned(_decoded(entry.value or b""), entry.key), entry.revision
+
+
+def _owned(record: JobRecord, key: str) -> JobRecord:
+    if record.job_id != key:
+        raise IntegrityError(f"the stored record of job {key} is another job's")
+    return record

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import nats.js.errors
 from casemate_schemas import subjects
 from nats.aio.client import Client
 from nats.js.api import Header
 
-from .connection import REQUEST_TIMEOUT_S, translated
-
-_WRONG_LAST_SEQUENCE: Final = frozenset({10071, 10164})
+from .connection import REQUEST_TIMEOUT_S, is_wrong_revision, translated
 
 
 class NonceStore:
@@ -35,7 +31,7 @@ class NonceStore:
             try:
                 await self._js.publish(subject, headers={Header.EXPECTED_LAST_SUBJECT_SEQUENCE: "0"})
             except nats.js.errors.APIError as error:
-                if error.err_code not in _WRONG_LAST_SEQUENCE:
+                if not is_wrong_revision(error):
                     raise
                 return False
         return True

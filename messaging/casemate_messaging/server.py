@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import nkeys
 from casemate_schemas.errors import MissingExtraError, SetupError, UnavailableError
+from casemate_schemas.subjects import SYSTEM_ACCOUNT
 
 from .accounts import User, accounts
 
@@ -138,6 +139,7 @@ def server_config(
         "jetstream": jetstream,
         "ports_file_dir": str(folder / "ports"),
         "log_file": str(folder / "nats-server.log"),
+        "system_account": SYSTEM_ACCOUNT,
         "accounts": accounts(users),
     }
 

@@ -103,6 +103,13 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             allow_direct=True,
         ),
         _stream(
+            subjects.STORED_STREAM,
+            f"$KV.{subjects.STORED_BUCKET}.*.*",
+            settings,
+            max_msgs_per_subject=1,
+            allow_direct=True,
+        ),
+        _stream(
             subjects.LEASE_STREAM, f"$KV.{subjects.LEASE_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
         ),
         _stream(

@@ -125,9 +125,9 @@ class UploadStore:
             raise ConflictError("the upload is not whole yet")
         if (hasher := self._hasher(state)) is None:
             hasher = hashlib.sha256()
-            async with aclosing(self._blobs.read(state.digest, state.size, state.segments, 0)) as chunks:
-                async for chunk in chunks:
-                    hasher.update(chunk)
+            async with aclosing(self._blobs.read(state.digest, state.size, state.segments, hasher=hasher)) as chunks:
+                async for _ in chunks:
+                    pass
             self._remember(state, hasher)
         if hasher.digest() != state.digest:
             raise SealError("the bytes do not have the declared digest")

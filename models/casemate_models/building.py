@@ -73,6 +73,11 @@ class Interpreter(nn.Module):
                     _install(self, step.name, _LAYERS[type(step.operation)](step.operation))
 
     @property
+    def program(self) -> Program:
+        """What is run."""
+        return self.__program
+
+    @property
     def input_shape(self) -> Shape:
         """One example's shape."""
         return self.__program.input_shape

@@ -26,6 +26,8 @@ def check_pipeline(pipeline: PipelineSpec, card: DatasetCard, input_shape: tuple
 
     Raises :class:`DatasetError` that names the column.
     """
+    if card.subject_column in (*pipeline.features, pipeline.target):
+        raise DatasetError(f"column '{card.subject_column}' of '{card.id}' names subjects: no model may see it")
     n_elements = sum(math.prod(_feature(card, name).shape) for name in pipeline.features)
     if n_elements != math.prod(input_shape):
         raise DatasetError(f"the features have {n_elements} values a row, the model takes {math.prod(input_shape)}")
@@ -56,13 +58,16 @@ def read_columns(data: bytes, card: DatasetCard, max_rows: int) -> dict[str, Arr
 def write_columns(columns: Mapping[str, Array], card: DatasetCard) -> bytes:
     """Safetensors bytes of a dataset's columns, for its owner to seal. They fit the card, and fit in its row bound.
 
-    Raises :class:`DatasetError` as :func:`read_columns` does, and for more rows than the card declares: here the owner
-    is at hand and can declare a higher bound.
+    Raises :class:`DatasetError` as :func:`read_columns` does, and for more rows or subjects than the card declares: here
+    the owner is at hand and can declare a higher bound.
     """
     if any(len(array) > card.row_bound for array in columns.values() if array.ndim):
         raise DatasetError(f"expected at most {card.row_bound} rows, as the card declares")
     data = write_tensors(columns)
-    read_columns(data, card, card.row_bound)
+    read = read_columns(data, card, card.row_bound)
+    subjects = 0 if card.subject_column is None else len(np.unique(read[card.subject_column]))
+    if card.subject_bound is not None and subjects > card.subject_bound:
+        raise DatasetError(f"expected at most {card.subject_bound} subjects, as the card declares")
     return data
 
 

@@ -5,7 +5,7 @@ Importing it does not import ``dp_accounting`` (a second of SciPy): functions th
 
 from .accounting import epsilon, epsilon_estimate, person_epsilon
 from .calibration import noise_multiplier, sample_rate
-from .events import GaussianSumEvent, PrivacyEvent, TrainingEvent
+from .events import GaussianSumEvent, PrivacyEvent, ScheduledEvent, TrainingEvent
 from .lifetime import LifetimeLoss
 from .owners import Choice, OwnersPlan, OwnerTarget, plan_job, plan_rates, weigh_choices
 from .renyi import CURVE_MAX, ORDERS, ZERO_CURVE, Curve, add_curves, check_curve, rdp_curve, rdp_epsilon
@@ -23,6 +23,7 @@ __all__ = [
     "OwnersPlan",
     "PrivacyEvent",
     "RenyiFilter",
+    "ScheduledEvent",
     "TrainingEvent",
     "add_curves",
     "check_curve",

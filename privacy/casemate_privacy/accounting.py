@@ -7,14 +7,23 @@ budget is the business of :mod:`casemate_privacy.renyi_filter`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from casemate_schemas.errors import ParameterError
 
-from .events import MAX_EPSILON, MAX_UNIT_RECORDS, GaussianSumEvent, PrivacyEvent, TrainingEvent, check_delta, merge
+from .events import (
+    MAX_EPSILON,
+    MAX_UNIT_RECORDS,
+    GaussianSumEvent,
+    PrivacyEvent,
+    ScheduledEvent,
+    TrainingEvent,
+    check_delta,
+    merge,
+)
 from .renyi import ZERO_CURVE, add_curves, rdp_curve, rdp_epsilon
 
 if TYPE_CHECKING:
@@ -45,7 +54,7 @@ def epsilon(events: PrivacyEvent | Sequence[PrivacyEvent], delta: float) -> floa
     5.773
     """
     check_delta(delta)
-    distinct = merge([events] if isinstance(events, TrainingEvent | GaussianSumEvent) else events)
+    distinct = merge([events] if isinstance(events, TrainingEvent | GaussianSumEvent | ScheduledEvent) else events)
     if len(distinct) > MAX_EVENTS:
         raise ParameterError(f"expected at most {MAX_EVENTS} distinct events, got {len(distinct)}")
     return _epsilon(distinct, delta)
@@ -60,11 +69,12 @@ def epsilon_estimate(events: Sequence[PrivacyEvent], delta: float) -> float:
     return epsilon(events, delta)
 
 
-def person_epsilon(events: Sequence[TrainingEvent], delta: float) -> float:
+def person_epsilon(events: Sequence[TrainingEvent | ScheduledEvent], delta: float) -> float:
     """Epsilon, at ``delta``, of a person with records in the data of each of several owners of *one* job.
 
     Args:
-        events: the job's event for each of those owners, equal in noise multiplier and steps; up to 16 records together.
+        events: the job's event for each of those owners, equal in noise multipliers and steps, phase by phase; up to 16
+            records together.
         delta: in [1e-10, 0.5].
 
     The owners share one noise, so this is a group's privacy and *not* the sum of the owners' guarantees: the records may
@@ -80,33 +90,49 @@ def person_epsilon(events: Sequence[TrainingEvent], delta: float) -> float:
     [1.181, 2.732, 4.529]
     """
     check_delta(delta)
-    if not 1 <= sum(event.unit_records for event in events) <= MAX_UNIT_RECORDS:
+    owners = [event.phases if isinstance(event, ScheduledEvent) else (event,) for event in events]
+    if not 1 <= sum(phases[0].unit_records for phases in owners) <= MAX_UNIT_RECORDS:
         raise ParameterError(f"expected 1 to {MAX_UNIT_RECORDS} records of one person")
-    if len({(event.noise_multiplier, event.steps) for event in events}) > 1:
-        raise ParameterError("expected the events of one job: one noise multiplier, one number of steps")
-    return _person_epsilon(tuple(events), delta)
+    if len({tuple((phase.noise_multiplier, phase.steps) for phase in phases) for phases in owners}) > 1:
+        raise ParameterError("expected the events of one job: the same noise multipliers and numbers of steps")
+    return _person_epsilon(tuple(zip(*owners, strict=True)), delta)
 
 
 @lru_cache(maxsize=512)
 def _epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
     """:func:`epsilon` of merged events."""
+    bound = _rdp_bound(events, delta)
+    if bound == 0.0 or bound > MAX_EPSILON:
+        return bound
+    return min(float(_composed(events, bound).get_epsilon_for_delta(delta)), bound)
+
+
+def composed_pld(event: PrivacyEvent, delta: float) -> PrivacyLossDistribution:
+    """The pessimistic distribution of an event's loss, all its phases together, at the resolution of its epsilon at ``delta``."""
+    events = merge([event])
+    return _composed(events, min(_rdp_bound(events, delta), MAX_EPSILON))
+
+
+def _rdp_bound(events: tuple[TrainingEvent, ...], delta: float) -> float:
     curve = ZERO_CURVE
     for event in events:
         curve = add_curves(curve, rdp_curve(event))
-    bound = rdp_epsilon(curve, delta)
-    if bound == 0.0 or bound > MAX_EPSILON:
-        return bound
-    interval = max(_interval(_loss_deviation(event), bound) for event in events)
+    return rdp_epsilon(curve, delta)
+
+
+def _composed(events: tuple[TrainingEvent, ...], bound: float) -> PrivacyLossDistribution:
+    """All of them together, their epsilon being at most some ``bound``."""
+    interval = _interval(map(_discretised, events), bound)
     composed = _event_pld(events[0], interval)
     for event in events[1:]:
         composed = composed.compose(_event_pld(event, interval))
-    return min(float(composed.get_epsilon_for_delta(delta)), bound)
+    return composed
 
 
 def event_pld(event: TrainingEvent, delta: float) -> PrivacyLossDistribution:
     """The pessimistic distribution of one event's loss, at the resolution of its own epsilon at ``delta``."""
     bound = rdp_epsilon(rdp_curve(event), delta)
-    return _event_pld(event, _interval(_loss_deviation(event), min(bound, MAX_EPSILON)))
+    return _event_pld(event, _interval([_discretised(event)], min(bound, MAX_EPSILON)))
 
 
 @lru_cache(maxsize=16)
@@ -119,35 +145,41 @@ def _event_pld(event: TrainingEvent, interval: float) -> PrivacyLossDistribution
             event.noise_multiplier / (event.unit_records * math.sqrt(event.steps)),
             value_discretization_interval=interval,
         )
-    if event.unit_records > 1:
-        return _group_step([event], interval).self_compose(event.steps)
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        event.noise_multiplier, sampling_prob=event.rate_upper, value_discretization_interval=interval
-    ).self_compose(event.steps)
+    return _step([event], interval).self_compose(event.steps)
 
 
-@lru_cache(maxsize=128)
-def _person_epsilon(events: tuple[TrainingEvent, ...], delta: float) -> float:
-    """:func:`person_epsilon` of checked events."""
-    scale = sum(rdp_epsilon(rdp_curve(event), delta) for event in events)
-    if scale > MAX_EPSILON:
-        raise ParameterError(f"no meaningful guarantee: the owners' epsilons alone add to {scale:.0f}")
-    deviation = math.fsum(_loss_deviation(event) for event in events)
-    step = _group_step(events, _interval(deviation, scale))
-    return float(step.self_compose(events[0].steps).get_epsilon_for_delta(delta))
+def _step(events: Sequence[TrainingEvent], interval: float) -> PrivacyLossDistribution:
+    """One step's distribution for the records of one unit, or of one person, under one noise.
 
-
-def _group_step(events: Sequence[TrainingEvent], interval: float) -> PrivacyLossDistribution:
-    """One step's distribution for a group of records under one noise: how many of them the batch holds is mixed over."""
+    How many of the records the batch holds is mixed over.
+    """
     from dp_accounting.pld import privacy_loss_distribution
 
     rates = [event.rate_upper for event in events for _ in range(event.unit_records)]
+    if len(rates) == 1:
+        return privacy_loss_distribution.from_gaussian_mechanism(
+            events[0].noise_multiplier, sampling_prob=rates[0], value_discretization_interval=interval
+        )
     return privacy_loss_distribution.from_mixture_gaussian_mechanism(
         events[0].noise_multiplier,
         sensitivities=[float(count) for count in range(len(rates) + 1)],
         sampling_probs=_batch_counts(rates),
         value_discretization_interval=interval,
     )
+
+
+@lru_cache(maxsize=128)
+def _person_epsilon(phases: tuple[tuple[TrainingEvent, ...], ...], delta: float) -> float:
+    """:func:`person_epsilon` of checked events: for each phase, what each owner's records see of it."""
+    scale = math.fsum(rdp_epsilon(rdp_curve(ScheduledEvent(owner)), delta) for owner in zip(*phases, strict=True))
+    if scale > MAX_EPSILON:
+        raise ParameterError(f"no meaningful guarantee: the owners' epsilons alone add to {scale:.0f}")
+    sizes = [(phase[0].steps, math.fsum(map(_step_deviation, phase))) for phase in phases]
+    interval = _interval(sizes, scale)
+    composed = _step(phases[0], interval).self_compose(phases[0][0].steps)
+    for phase in phases[1:]:
+        composed = composed.compose(_step(phase, interval).self_compose(phase[0].steps))
+    return float(composed.get_epsilon_for_delta(delta))
 
 
 def _batch_counts(rates: Sequence[float]) -> list[float]:
@@ -160,17 +192,24 @@ def _batch_counts(rates: Sequence[float]) -> list[float]:
     return [float(value) for value in counts]
 
 
-def _loss_deviation(event: TrainingEvent) -> float:
+def _discretised(event: TrainingEvent) -> tuple[int, float]:
+    """How many times the event's loss is discretised, and the size of what is: full batches are one Gaussian release."""
+    deviation = _step_deviation(event)
+    return (1, deviation * math.sqrt(event.steps)) if event.rate_upper == 1.0 else (event.steps, deviation)
+
+
+def _step_deviation(event: TrainingEvent) -> float:
     """The size of one step's privacy loss: its standard deviation, or nearly."""
     sigma = event.noise_multiplier / event.unit_records
-    if event.rate_upper == 1.0:
-        return math.sqrt(event.steps) / sigma
-    return min(event.rate_upper * math.sqrt(math.expm1(1 / sigma**2)), 1 / sigma)
+    return min(event.rate_upper * math.sqrt(math.expm1(min(1 / sigma**2, 700.0))), 1 / sigma)
 
 
-def _interval(deviation: float, bound: float) -> float:
-    """The discretisation interval: fine against one step's loss, yet at most some 1e5 points for the whole.
+def _interval(sizes: Iterable[tuple[int, float]], bound: float) -> float:
+    """The discretisation interval for so many losses of such deviations: fine against them, yet at most some 1e5 points.
 
-    The discretisation inflates each step's variance by about (interval / deviation)**2 / 4.
+    Discretising inflates each loss's variance by some interval**2 / 4, so the root mean square of the deviations counts.
     """
+    pairs = list(sizes)
+    variance = math.fsum(count * deviation**2 for count, deviation in pairs) / sum(count for count, _ in pairs)
+    deviation = math.sqrt(variance)
     return min(max(deviation / 32, bound / 40_000), max(bound / 1000, deviation / 4000))

@@ -18,14 +18,13 @@ from .events import (
     MAX_NOISE_MULTIPLIER,
     MIN_NOISE_MULTIPLIER,
     MIN_RATE,
-    TrainingEvent,
     check_delta,
     check_epsilon,
     check_range,
     check_rate,
-    check_steps,
 )
 from .renyi import rdp_curve, rdp_epsilon
+from .shapes import JobShape, shape_of
 
 RATE_DENOMINATOR: Final = 1 << 32
 """Planned sample rates are multiples of 2**-32: exact as rationals, as floats and as integer thresholds."""
@@ -35,14 +34,14 @@ _MARGIN: Final = 1 - 1e-7
 """Plans aim this much below the target, so that another machine's last digit cannot turn a plan into a refusal."""
 
 
-def noise_multiplier(target_epsilon: float, delta: float, sample_rate: Fraction, steps: int) -> float:
+def noise_multiplier(target_epsilon: float, delta: float, sample_rate: Fraction, steps: int | JobShape) -> float:
     """The smallest noise multiplier of five significant digits with which ``steps`` steps stay within the target.
 
     Args:
         target_epsilon: in [0.001, 100].
         delta: in [1e-10, 0.5].
         sample_rate: in [2**-20, 1], denominator at most 2**64.
-        steps: 1 to 1,000,000.
+        steps: 1 to 1,000,000; or a job's shape, whose first noise multiplier is then looked for.
 
     The epsilon reached is at most the target, and within 0.1 % of it unless the smallest noise multiplier allowed, 0.3,
     already does better.
@@ -56,11 +55,10 @@ def noise_multiplier(target_epsilon: float, delta: float, sample_rate: Fraction,
     check_epsilon(target_epsilon)
     check_delta(delta)
     check_rate(sample_rate)
-    check_steps(steps)
-    return _noise_multiplier(target_epsilon, delta, sample_rate, steps)
+    return _noise_multiplier(target_epsilon, delta, sample_rate, shape_of(steps))
 
 
-def sample_rate(target_epsilon: float, delta: float, noise_multiplier: float, steps: int) -> Fraction:
+def sample_rate(target_epsilon: float, delta: float, noise_multiplier: float, steps: int | JobShape) -> Fraction:
     """The largest sample rate, a multiple of 2**-32, with which ``steps`` steps stay within the target.
 
     Arguments as for :func:`noise_multiplier`, which must be in [0.3, 10,000] here. The epsilon reached is within 0.1 % of
@@ -75,43 +73,43 @@ def sample_rate(target_epsilon: float, delta: float, noise_multiplier: float, st
     check_epsilon(target_epsilon)
     check_delta(delta)
     check_range("noise multiplier", noise_multiplier, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
-    check_steps(steps)
-    return _sample_rate(target_epsilon, delta, noise_multiplier, steps)
+    return _sample_rate(target_epsilon, delta, noise_multiplier, shape_of(steps))
 
 
 @lru_cache(maxsize=256)
-def _noise_multiplier(target: float, delta: float, rate: Fraction, steps: int) -> float:
+def _noise_multiplier(target: float, delta: float, rate: Fraction, shape: JobShape) -> float:
     """Bracket with the Rényi bound, which is above the PLD, then refine with the PLD."""
 
     def cost(sigma: float) -> float:
-        return epsilon(TrainingEvent(rate, sigma, steps), delta)
+        return epsilon(shape.event(rate, sigma), delta)
 
     def bound(sigma: float) -> float:
-        return rdp_epsilon(rdp_curve(TrainingEvent(rate, sigma, steps)), delta)
+        return rdp_epsilon(rdp_curve(shape.event(rate, sigma)), delta)
 
     goal = target * _MARGIN
-    if bound(MAX_NOISE_MULTIPLIER) > goal:
-        raise ParameterError(f"no noise multiplier up to {MAX_NOISE_MULTIPLIER:g} keeps epsilon within {target:g}")
-    if cost(MIN_NOISE_MULTIPLIER) <= goal:
-        return MIN_NOISE_MULTIPLIER
-    enough = crossing(bound, goal, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER, tolerance=1e-3)
-    enough = min(enough * 1.002, MAX_NOISE_MULTIPLIER)
-    little = max(enough / 2, MIN_NOISE_MULTIPLIER)
+    least, most = shape.noise_range
+    if bound(most) > goal:
+        raise ParameterError(f"no noise multiplier up to {most:g} keeps epsilon within {target:g}")
+    if cost(least) <= goal:
+        return least
+    enough = crossing(bound, goal, least, most, tolerance=1e-3)
+    enough = min(enough * 1.002, most)
+    little = max(enough / 2, least)
     if cost(little) <= goal:  # the bound is loose here
-        little = MIN_NOISE_MULTIPLIER
+        little = least
     sigma = crossing(cost, goal, little, enough, tolerance=2e-6)
-    return _smallest_on_grid(lambda value: cost(value) <= goal, sigma)
+    return _smallest_on_grid(lambda value: cost(value) <= goal, sigma, least)
 
 
 @lru_cache(maxsize=256)
-def _sample_rate(target: float, delta: float, sigma: float, steps: int) -> Fraction:
+def _sample_rate(target: float, delta: float, sigma: float, shape: JobShape) -> Fraction:
     """The same for the rate; epsilon falls with its inverse."""
 
     def cost(rate: float) -> float:
-        return epsilon(TrainingEvent(_on_grid(rate), sigma, steps), delta)
+        return epsilon(shape.event(_on_grid(rate), sigma), delta)
 
     def bound(rate: float) -> float:
-        return rdp_epsilon(rdp_curve(TrainingEvent(_on_grid(rate), sigma, steps)), delta)
+        return rdp_epsilon(rdp_curve(shape.event(_on_grid(rate), sigma)), delta)
 
     goal = target * _MARGIN
     if cost(1.0) <= goal:
@@ -149,8 +147,8 @@ def crossing(cost: Callable[[float], float], goal: float, low: float, high: floa
     return value(root)
 
 
-def _smallest_on_grid(meets: Callable[[float], bool], guess: float) -> float:
-    """The smallest grid value that meets a condition which holds from somewhere near ``guess`` upwards."""
+def _smallest_on_grid(meets: Callable[[float], bool], guess: float, least: float) -> float:
+    """The smallest grid value, not below ``least``, that meets a condition which holds from near ``guess`` upwards."""
     exponent = math.floor(math.log10(guess)) - _SIGNIFICANT_DIGITS + 1
 
     def grid(k: int) -> float:
@@ -159,7 +157,7 @@ def _smallest_on_grid(meets: Callable[[float], bool], guess: float) -> float:
     k = math.ceil(guess / 10.0**exponent)
     while not meets(grid(k)):
         k += 1
-    while grid(k - 1) >= MIN_NOISE_MULTIPLIER and meets(grid(k - 1)):
+    while grid(k - 1) >= least and meets(grid(k - 1)):
         k -= 1
     return grid(k)
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 # Together these bounds keep every question that a stranger can ask of an accountant to a few seconds.
 MIN_NOISE_MULTIPLIER: Final = 0.3
-"""Below it one step costs tens of epsilon: a mistake, not a parameter."""
+"""Nobody may ask for less: below it one step costs tens of epsilon, which is a mistake, not a parameter."""
+
+MIN_ACCOUNTED_NOISE: Final = 0.01
+"""What others have run with less can still be accounted."""
 
 MAX_NOISE_MULTIPLIER: Final = 1e4
 MAX_STEPS: Final = 1_000_000
@@ -36,6 +39,9 @@ MAX_EPSILON: Final = 100.0
 MAX_UNIT_RECORDS: Final = 16
 """Bound on the records of one person or subject in one job."""
 
+MAX_PHASES: Final = 256
+"""Bound on the phases of one job's schedule of noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingEvent:
@@ -44,7 +50,7 @@ class TrainingEvent:
     Args:
         sample_rate: probability with which each record joins each step's batch, exact, in [2**-20, 1], denominator at
             most 2**64.
-        noise_multiplier: standard deviation of the noise over the clipping norm, in [0.3, 10,000].
+        noise_multiplier: standard deviation of the noise over the clipping norm, in [0.01, 10,000].
         steps: number of releases, 1 to 1,000,000.
         unit_records: the most records that belong to one privacy unit, 1 to 16. One if the unit is a record; if it is a
             subject, the declared cap. Records are sampled and clipped each by itself.
@@ -62,7 +68,7 @@ class TrainingEvent:
 
     def __post_init__(self) -> None:
         check_rate(self.sample_rate)
-        check_range("noise multiplier", self.noise_multiplier, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
+        check_range("noise multiplier", self.noise_multiplier, MIN_ACCOUNTED_NOISE, MAX_NOISE_MULTIPLIER)
         check_steps(self.steps)
         check_unit_records(self.unit_records)
 
@@ -108,7 +114,7 @@ class GaussianSumEvent:
 
     Args:
         sensitivity: how far one record can move the released vector, in Euclidean norm; positive.
-        noise_std: standard deviation of the noise, in the same unit; 0.3 to 10,000 times the sensitivity.
+        noise_std: standard deviation of the noise, in the same unit; 0.01 to 10,000 times the sensitivity.
         releases: their number, 1 to 1,000,000.
 
     Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, NaN included.
@@ -124,7 +130,7 @@ class GaussianSumEvent:
     def __post_init__(self) -> None:
         check_range("sensitivity", self.sensitivity, 1e-100, 1e100)
         check_range("standard deviation of the noise", self.noise_std, 1e-100, 1e100)
-        check_range("noise over sensitivity", self._ratio, MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER)
+        check_range("noise over sensitivity", self._ratio, MIN_ACCOUNTED_NOISE, MAX_NOISE_MULTIPLIER)
         check_steps(self.releases)
 
     @property
@@ -139,25 +145,78 @@ class GaussianSumEvent:
         return ratio if exact else math.nextafter(ratio, 0.0)
 
 
-PrivacyEvent: TypeAlias = TrainingEvent | GaussianSumEvent
+@dataclass(frozen=True, slots=True)
+class ScheduledEvent:
+    """Phases of one job, one after another, as its schedule of noise, fixed in advance, has them.
+
+    Args:
+        phases: 1 to 256 of them, of one unit; up to 1,000,000 steps together.
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` for anything else.
+
+    >>> rate = Fraction(1, 4)
+    >>> ScheduledEvent((TrainingEvent(rate, 3.0, 50), TrainingEvent(rate, 2.0, 50))).steps
+    100
+    """
+
+    phases: tuple[TrainingEvent, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.phases, tuple) or not 1 <= len(self.phases) <= MAX_PHASES:
+            raise ParameterError(f"expected a tuple of 1 to {MAX_PHASES} phases")
+        if not all(isinstance(phase, TrainingEvent) for phase in self.phases):
+            raise ParameterError("phases: expected training events")
+        if len({phase.unit_records for phase in self.phases}) > 1:
+            raise ParameterError("phases: expected the same records of one unit in all of them")
+        check_steps(self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+PrivacyEvent: TypeAlias = TrainingEvent | GaussianSumEvent | ScheduledEvent
 """Whatever a job may release."""
 
 
 def sampled(event: PrivacyEvent) -> TrainingEvent:
-    """The one form that accountants work on."""
-    return event.sampled if isinstance(event, GaussianSumEvent) else event
+    """The one form that accountants work on. Raises :class:`~casemate_schemas.errors.ParameterError` for several phases."""
+    parts = phases_of(event)
+    if len(parts) != 1:
+        raise ParameterError(f"expected an event of one phase, got {len(parts)}")
+    return parts[0]
+
+
+def phases_of(event: PrivacyEvent) -> tuple[TrainingEvent, ...]:
+    """The training events that an event stands for, equal ones counted together.
+
+    >>> phases_of(GaussianSumEvent(1.0, 2.0, 50))
+    (TrainingEvent(sample_rate=Fraction(1, 1), noise_multiplier=2.0, steps=50, unit_records=1),)
+    """
+    match event:
+        case TrainingEvent():
+            return (event,)
+        case GaussianSumEvent():
+            return (event.sampled,)
+        case ScheduledEvent():
+            return merge(event.phases)
 
 
 def merge(events: Sequence[PrivacyEvent]) -> tuple[TrainingEvent, ...]:
-    """The same composition with equal steps counted together, in a fixed order.
+    """The same composition with equal steps counted together, up to a million, in a fixed order.
 
     >>> merge([TrainingEvent(Fraction(1), 2.0, 100), GaussianSumEvent(1.0, 2.0, 50)])
     (TrainingEvent(sample_rate=Fraction(1, 1), noise_multiplier=2.0, steps=150, unit_records=1),)
     """
     steps: Counter[tuple[Fraction, float, int]] = Counter()
-    for event in map(sampled, events):
-        steps[event.sample_rate, event.noise_multiplier, event.unit_records] += event.steps
-    return tuple(TrainingEvent(rate, sigma, count, unit) for (rate, sigma, unit), count in sorted(steps.items()))
+    for part in (part for event in events for part in phases_of(event)):
+        steps[part.sample_rate, part.noise_multiplier, part.unit_records] += part.steps
+    return tuple(
+        TrainingEvent(rate, sigma, min(count - done, MAX_STEPS), unit)
+        for (rate, sigma, unit), count in sorted(steps.items())
+        for done in range(0, count, MAX_STEPS)
+    )
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:

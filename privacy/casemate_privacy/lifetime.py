@@ -16,7 +16,7 @@ from casemate_schemas.codec import pack, unpack
 from casemate_schemas.errors import CasemateError, IntegrityError
 
 from .accounting import event_pld
-from .events import MAX_EPSILON, PrivacyEvent, check_delta, sampled
+from .events import MAX_EPSILON, PrivacyEvent, check_delta, phases_of
 from .renyi import Array
 
 FORMAT: Final = 1
@@ -121,8 +121,10 @@ class LifetimeLoss:
         Raises :class:`~casemate_schemas.errors.ParameterError` for a delta out of range.
         """
         check_delta(delta)
-        pld = event_pld(sampled(event), delta)
-        return LifetimeLoss(_with(self.remove, _losses(pld._pmf_remove)), _with(self.add, _losses(pld._pmf_add)))
+        remove, add = self.remove, self.add
+        for pld in (event_pld(phase, delta) for phase in phases_of(event)):
+            remove, add = _with(remove, _losses(pld._pmf_remove)), _with(add, _losses(pld._pmf_add))
+        return LifetimeLoss(remove, add)
 
     def epsilon(self, delta: float) -> float:
         """Epsilon of all jobs together at ``delta``: at least the true value, and within 1 % of it for 1,000 jobs.

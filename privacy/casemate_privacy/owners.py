@@ -16,7 +16,8 @@ from casemate_schemas.errors import ParameterError
 
 from .accounting import epsilon
 from .calibration import RATE_DENOMINATOR, crossing, noise_multiplier, sample_rate
-from .events import MIN_RATE, TrainingEvent, check_delta, check_epsilon, check_range, check_steps
+from .events import MIN_RATE, ScheduledEvent, check_delta, check_epsilon, check_range
+from .shapes import JobShape, shape_of
 
 MAX_OWNERS = 64
 
@@ -42,16 +43,21 @@ class OwnersPlan:
     """One noise multiplier and step count for the job; for each owner, in order, its rate and the epsilon it reaches."""
 
     noise_multiplier: float
-    steps: int
+    shape: JobShape
     rates: tuple[Fraction, ...]
     epsilons: tuple[float, ...]
 
-    def event(self, index: int) -> TrainingEvent:
+    @property
+    def steps(self) -> int:
+        """Of the job."""
+        return self.shape.steps
+
+    def event(self, index: int) -> ScheduledEvent:
         """The event that owner ``index``'s records see."""
-        return TrainingEvent(self.rates[index], self.noise_multiplier, self.steps)
+        return self.shape.event(self.rates[index], self.noise_multiplier)
 
 
-def plan_rates(owners: Sequence[OwnerTarget], steps: int, noise_multiplier: float) -> OwnersPlan:
+def plan_rates(owners: Sequence[OwnerTarget], steps: int | JobShape, noise_multiplier: float) -> OwnersPlan:
     """Each owner's largest rate under a given noise multiplier.
 
     Each epsilon is at most its target, and within 0.1 % of it unless the owner's rate is 1. Owners with equal targets
@@ -65,20 +71,20 @@ def plan_rates(owners: Sequence[OwnerTarget], steps: int, noise_multiplier: floa
     ([0.274, 0.11], [3.0, 1.0])
     """
     _check_owners(owners)
-    rates = tuple(sample_rate(owner.epsilon, owner.delta, noise_multiplier, steps) for owner in owners)
+    shape = shape_of(steps)
+    rates = tuple(sample_rate(owner.epsilon, owner.delta, noise_multiplier, shape) for owner in owners)
     epsilons = tuple(
-        epsilon(TrainingEvent(rate, noise_multiplier, steps), owner.delta)
-        for rate, owner in zip(rates, owners, strict=True)
+        epsilon(shape.event(rate, noise_multiplier), owner.delta) for rate, owner in zip(rates, owners, strict=True)
     )
-    return OwnersPlan(noise_multiplier, steps, rates, epsilons)
+    return OwnersPlan(noise_multiplier, shape, rates, epsilons)
 
 
-def plan_job(owners: Sequence[OwnerTarget], steps: int, expected_batch: float) -> OwnersPlan:
+def plan_job(owners: Sequence[OwnerTarget], steps: int | JobShape, expected_batch: float) -> OwnersPlan:
     """The plan whose batches hold ``expected_batch`` records on average over all owners, to within 1 %.
 
     Args:
         owners: 1 to 64 of them.
-        steps: 1 to 1,000,000.
+        steps: 1 to 1,000,000, or a job's shape.
         expected_batch: at most the owners' rows together.
 
     The common noise multiplier lies between what the loosest and the strictest owner would need if all were sampled at
@@ -89,7 +95,7 @@ def plan_job(owners: Sequence[OwnerTarget], steps: int, expected_batch: float) -
     (4.5785, 1, 0.25)
     """
     _check_owners(owners)
-    check_steps(steps)
+    steps = shape_of(steps)
     rows = sum(owner.rows for owner in owners)
     check_range("expected batch", expected_batch, float(rows * MIN_RATE), rows)
     common = Fraction(math.floor(expected_batch / rows * RATE_DENOMINATOR), RATE_DENOMINATOR)
@@ -117,7 +123,9 @@ class Choice:
     noise_to_signal: float
 
 
-def weigh_choices(owners: Mapping[str, OwnerTarget], steps: int, expected_batch: float) -> tuple[Choice, ...]:
+def weigh_choices(
+    owners: Mapping[str, OwnerTarget], steps: int | JobShape, expected_batch: float
+) -> tuple[Choice, ...]:
     """What individual budgets are worth: rates by owner, against one budget for all, against leaving the strictest out.
 
     Where all owners' targets are alike there is only one choice. Leaving out is one only where the others have rows enough
@@ -148,7 +156,7 @@ def _budget_of(owner: OwnerTarget) -> tuple[float, float]:
     return owner.epsilon, owner.delta
 
 
-def _choice(name: str, targets: Mapping[str, OwnerTarget], steps: int, expected_batch: float) -> Choice:
+def _choice(name: str, targets: Mapping[str, OwnerTarget], steps: int | JobShape, expected_batch: float) -> Choice:
     owners = tuple(targets.values())
     plan = plan_job(owners, steps, expected_batch)
     samples = tuple(owner.rows * float(rate) for owner, rate in zip(owners, plan.rates, strict=True))

@@ -15,7 +15,7 @@ import numpy as np
 from casemate_schemas.errors import ParameterError
 from numpy.typing import NDArray
 
-from .events import PrivacyEvent, sampled
+from .events import PrivacyEvent, TrainingEvent, phases_of
 
 Curve: TypeAlias = tuple[float, ...]
 Array: TypeAlias = NDArray[np.float64]
@@ -59,9 +59,10 @@ def rdp_curve(event: PrivacyEvent) -> Curve:
     >>> [(order, round(value, 4)) for order, value in zip(ORDERS, curve) if order in (2, 4.5, 20)]
     [(2, 0.2836), (4.5, 0.6856), (20, 18.8314)]
     """
-    event = sampled(event)
-    step = _step_curve(event.rate_upper, event.noise_multiplier, event.unit_records)
-    return tuple(min(value * event.steps * _OUTWARD, CURVE_MAX) for value in step)
+    first, *others = (_phase_curve(phase) for phase in phases_of(event))
+    for other in others:
+        first = add_curves(first, other)
+    return first
 
 
 def add_curves(first: Sequence[float], second: Sequence[float]) -> Curve:
@@ -102,6 +103,12 @@ def rdp_epsilon(curve: Sequence[float], delta: float) -> float:
     usable = [(a, r) for a, r in zip(ORDERS, curve, strict=True) if r < CURVE_MAX]
     bounds = [r + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a, r in usable]
     return max(min(bounds, default=math.inf) * _OUTWARD, 0.0)
+
+
+def _phase_curve(event: TrainingEvent) -> Curve:
+    """The curve of all of one phase's steps."""
+    step = _step_curve(event.rate_upper, event.noise_multiplier, event.unit_records)
+    return tuple(min(value * event.steps * _OUTWARD, CURVE_MAX) for value in step)
 
 
 @lru_cache(maxsize=1024)
@@ -194,4 +201,4 @@ def _log_excess_near(order: float, u: Array) -> Array:
 
 def _log_excess_far(order: float, t: Array) -> Array:
     """The same for u > 1, where (1+u)^order may overflow, given t = log(1+u)."""
-    return order * t + np.log1p(-np.exp(-order * t) * (1 + order * np.expm1(t)))
+    return order * t + np.log1p((order - 1) * np.exp(-order * t) - order * np.exp((1 - order) * t))

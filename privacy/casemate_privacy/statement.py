@@ -5,20 +5,33 @@ Workers put the statement into the result; the SDK makes it again from the terms
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from casemate_schemas.errors import ParameterError
 from casemate_schemas.job import DatasetUse, Plan
 from casemate_schemas.result import OwnerPrivacy, PrivacyStatement
 
 from .accounting import epsilon, person_epsilon
-from .events import TrainingEvent
+from .events import ScheduledEvent, TrainingEvent
 
 
-def training_event(plan: Plan, use: DatasetUse, steps: int | None = None) -> TrainingEvent:
-    """The plan as the records of one of its datasets see it, after ``steps`` steps (all, if not given)."""
-    training = plan.training
-    return TrainingEvent(
-        use.sample_rate.fraction, training.noise_multiplier, training.steps if steps is None else steps
-    )
+def job_event(plan: Plan, use: DatasetUse, steps: int | None = None) -> ScheduledEvent:
+    """The plan as one privacy unit of one of its datasets sees it, after ``steps`` steps (all, if not given).
+
+    A subject is sampled with all its records at once, and they share one clipping norm, so it costs what a record does.
+    Padding draws from places that do not depend on the data, so it costs nothing (``docs/privacy-accounting.md``). Metrics
+    are one more phase after the last step, in which everyone takes part.
+    """
+    training, rate = plan.training, use.sample_rate.fraction
+    left = training.steps if steps is None else min(steps, training.steps)
+    phases: list[TrainingEvent] = []
+    for count, sigma in training.noise_phases:
+        if (taken := min(count, left)) > 0:
+            phases.append(TrainingEvent(rate, sigma, taken))
+            left -= taken
+    if plan.metrics is not None and (steps is None or steps >= training.steps):
+        phases.append(TrainingEvent(Fraction(1), plan.metrics.noise_multiplier, 1))
+    return ScheduledEvent(tuple(phases))
 
 
 def privacy_statement(plan: Plan) -> PrivacyStatement:
@@ -26,30 +39,37 @@ def privacy_statement(plan: Plan) -> PrivacyStatement:
 
     Raises :class:`ParameterError` for parameters that no accountant takes.
     """
-    events = [training_event(plan, use) for use in plan.datasets]
+    events = [job_event(plan, use) for use in plan.datasets]
     owners = tuple(
         OwnerPrivacy(
             dataset=use.dataset,
             epsilon=epsilon(event, plan.privacy.delta),
             delta=plan.privacy.delta,
             sample_rate=use.sample_rate,
-            noise_multiplier=event.noise_multiplier,
-            steps=event.steps,
+            noise_multiplier=plan.training.noise_multiplier,
+            steps=plan.training.steps,
         )
         for use, event in zip(plan.datasets, events, strict=True)
     )
     person = _person(events, plan.privacy.delta)
-    return PrivacyStatement(owners=owners, person_epsilon=person, person_delta=plan.privacy.delta)
+    return PrivacyStatement(
+        unit=plan.privacy.unit,
+        mechanism=plan.training.mechanism,
+        owners=owners,
+        person_epsilon=person,
+        person_delta=plan.privacy.delta,
+        metrics_noise_multiplier=None if plan.metrics is None else plan.metrics.noise_multiplier,
+    )
 
 
 def planned_epsilon(plan: Plan, step: int) -> float:
     """The largest owner's epsilon after ``step`` steps, at the plan's delta."""
     if step == 0:
         return 0.0
-    return max(epsilon(training_event(plan, use, step), plan.privacy.delta) for use in plan.datasets)
+    return max(epsilon(job_event(plan, use, step), plan.privacy.delta) for use in plan.datasets)
 
 
-def _person(events: list[TrainingEvent], delta: float) -> float | None:
+def _person(events: list[ScheduledEvent], delta: float) -> float | None:
     try:
         return person_epsilon(events, delta)
     except ParameterError:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from .job_state import JobState
 
 MEDIA_TYPE: Final = "application/vnd.casemate+msgpack"
+UPLOAD_MEDIA_TYPE: Final = "application/offset+octet-stream"
 PROBLEM_MEDIA_TYPE: Final = "application/problem+json"
 PROBLEM_TYPE_PREFIX: Final = "https://casemate.dev/problems/"
 DELEGATION_HEADER: Final = "Casemate-Delegation"
@@ -21,12 +22,22 @@ SIGNATURE_WINDOW_S: Final = 60
 SIGNED_COMPONENTS: Final = ("@method", "@target-uri", "content-digest", "casemate-delegation")
 """Covered by every request's RFC 9421 signature; ``content-digest`` (RFC 9530, sha-256) is present even for no body."""
 
+OPENAPI_PATH: Final = "/openapi.json"
 CONSORTIUM_PATH: Final = "/v1/consortium"
 MANIFEST_PATH: Final = "/v1/consortium/manifest"
 REVOCATIONS_PATH: Final = "/v1/consortium/revocations"
 ENVELOPES_PATH: Final = "/v1/envelopes"
+UPLOADS_PATH: Final = "/v1/uploads"
 KEY_BROKERS_PATH: Final = "/v1/key-brokers"
 JOBS_PATH: Final = "/v1/jobs"
+
+TUS_VERSION: Final = "1.0.0"
+"""Of the protocol for resumable uploads: https://tus.io/protocols/resumable-upload."""
+UPLOAD_CHUNK_BYTES: Final = 512 << 10
+"""What is sent of an upload's ciphertext at once is a multiple of this, but for the end."""
+MIN_PIECE_BYTES: Final = 4 << 20
+MAX_PIECE_BYTES: Final = 64 << 20
+"""How much is sent at once at least (but for the end), and at most."""
 
 
 class JsonModel(BaseModel):

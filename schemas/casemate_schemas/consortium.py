@@ -252,13 +252,21 @@ def verify_delegation(signed: Signed, consortium: Consortium, *, at: int) -> Del
         delegation = signed.verify(Delegation, consortium.manifest.member(claimed.member).signing_key)
     except SignatureError as error:
         raise AuthenticationError("the delegation is not signed by its member") from error
+    check_delegation(delegation, consortium, at=at)
+    return delegation
+
+
+def check_delegation(delegation: Delegation, consortium: Consortium, *, at: int) -> None:
+    """That a delegation, whose signature was verified, is for this consortium, valid ``at`` that time and not revoked.
+
+    Raises :class:`AuthenticationError`.
+    """
     if delegation.consortium != consortium.id:
         raise AuthenticationError("the delegation is for another consortium")
     if not delegation.not_before - MAX_CLOCK_SKEW_MS <= at < delegation.expires:
         raise AuthenticationError("the delegation is not valid at this time: ask the member for a new one")
     if delegation.not_before < consortium.revoked.get((delegation.member, delegation.person), 0):
         raise AuthenticationError(f"{delegation.member} has revoked this delegation: ask the member for a new one")
-    return delegation
 
 
 def verify_revocation(signed: Signed, consortium: Consortium) -> Revocation:

@@ -59,7 +59,9 @@ class DatasetCard(WireModel):
     subject_column: ColumnName | None = None
     """Names whom a record is about, if the unit is the subject. It is an identifier: no job may use it as a feature."""
     max_records_per_subject: Annotated[int, Field(ge=1, le=MAX_RECORDS_PER_SUBJECT)] | None = None
-    """The most records of one subject that any job may use; the guarantee of a subject is that of so many records."""
+    """The most records of one subject that any job may use: of more, the first are used."""
+    subject_bound: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = None
+    """Public, and at least the number of subjects; the row bound if not given."""
     description: Text = ""
 
     @model_validator(mode="after")
@@ -73,8 +75,13 @@ class DatasetCard(WireModel):
         given = self.subject_column is not None, self.max_records_per_subject is not None
         if given != (self.privacy_unit == "subject",) * 2:
             raise ValueError("subject_column and max_records_per_subject belong to the privacy unit subject, both")
-        if self.subject_column is not None and self.column(self.subject_column) is None:
-            raise ValueError("subject_column must be one of the columns")
+        if self.subject_bound is not None and (self.privacy_unit != "subject" or self.subject_bound > self.row_bound):
+            raise ValueError("subject_bound belongs to the privacy unit subject, and is at most row_bound")
+        if self.subject_column is None:
+            return self
+        column = self.column(self.subject_column)
+        if column is None or column.shape or column.dtype not in ("int64", "int32", "uint8"):
+            raise ValueError("subject_column must be one of the columns: one whole number a row")
         return self
 
     @property

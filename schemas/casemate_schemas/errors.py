@@ -5,7 +5,8 @@
     CasemateError
     ├── MalformedError                 the bytes are not what they claim to be
     │   ├── TooLargeError              a declared or actual size is over its bound
-    │   └── UnsupportedVersionError    a version this release does not speak
+    │   ├── UnsupportedVersionError    a version this release does not speak
+    │   └── ChecksumError              a piece of an upload is not what its sender said it is (tus)
     ├── ParameterError                 a value is out of its range (epsilon, delta, rate, sigma, ...)
     │   └── KeyReusedError             an idempotency key was used for another request before
     ├── ModelError                     a model cannot be trained here
@@ -34,6 +35,7 @@
     ├── TrainingError                  training failed; outside the enclave it has one reason only
     ├── UnavailableError               try again later (transient)
     │   ├── StorageFullError           no room to store it (transient)
+    │   │   └── QuotaError             no room for this member: something of its own must go first
     │   ├── ThrottledError             asked too often: wait first (transient)
     │   └── RolledBackError            the state is older than one already seen: its owners must endorse it
     └── SetupError                     this installation or its settings are wrong
@@ -69,6 +71,10 @@ class TooLargeError(MalformedError):
 
 class UnsupportedVersionError(MalformedError):
     reason = "unsupported_version"
+
+
+class ChecksumError(MalformedError):
+    reason = "checksum_mismatch"
 
 
 class ParameterError(CasemateError):
@@ -183,6 +189,10 @@ class StorageFullError(UnavailableError):
     reason = "storage_full"
 
 
+class QuotaError(StorageFullError):
+    reason = "quota_exceeded"
+
+
 class ThrottledError(UnavailableError):
     reason = "throttled"
 
@@ -215,6 +225,7 @@ PROBLEMS: dict[type[CasemateError], Problem] = {
     CasemateError: Problem(500, "redeliver"),
     MalformedError: Problem(400, "term"),
     TooLargeError: Problem(413, "term"),
+    ChecksumError: Problem(460, "term"),
     ParameterError: Problem(422, "term"),
     ModelError: Problem(422, "term"),
     DatasetError: Problem(422, "term"),

@@ -28,7 +28,7 @@ from .custody import (
     StateBackedUp,
 )
 from .dataset import DatasetCard, DatasetId
-from .job import MAX_DATASETS, JobId, Rational
+from .job import MAX_DATASETS, MAX_STEPS, JobId, Rational
 from .job_state import ReasonCode
 from .licence import Action
 from .signatures import Signed
@@ -222,15 +222,25 @@ class DatasetRegistered(WireModel):
     licence: Digest
 
 
+MAX_RELEASE_PHASES: Final = 64
+
 ChargeKind = Literal["train", "evaluate", "statistics", "metrics"]
 """What was released."""
+
+
+class ReleasePhase(WireModel):
+    """Some of a job's releases: every privacy unit drawn at ``sample_rate``, noise over sensitivity, and their number."""
+
+    sample_rate: Rational
+    noise_multiplier: float
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class LedgerLine(WireModel):
     """One charge: what was released, what it cost alone, and what all charges of its period cost after it.
 
-    All epsilons are at the delta of the licence that was in force. ``failed`` means that no result was committed by the
-    job's deadline; it was charged all the same.
+    All epsilons are at ``delta``, of the licence that was in force, which allowed ``limit_epsilon`` in all. ``failed`` means
+    that no result was committed by the job's deadline; it was charged all the same.
     """
 
     job_id: JobId
@@ -242,7 +252,11 @@ class LedgerLine(WireModel):
     sample_rate: Rational
     noise_multiplier: float
     steps: int
+    further: Annotated[tuple[ReleasePhase, ...], Field(max_length=MAX_RELEASE_PHASES)] = ()
+    """What the same job released besides: under other noise, as its schedule says, or metrics."""
     unit_records: int
+    limit_epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(ge=0)]
     """The job alone."""
     epsilon_after: Annotated[float, Field(ge=0)] | None

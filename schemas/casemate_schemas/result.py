@@ -6,19 +6,32 @@ from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field, StringConstraints
 
+from .audit import AuditReport
 from .codec import Digest, UnixMs, WireModel
 from .dataset import DatasetId
 from .envelope import SealedKey
 from .evidence import Evidence
-from .job import MAX_DATASETS, MAX_STEPS, JobId, Rational
+from .job import MAX_DATASETS, MAX_STEPS, JobId, Mechanism, Rational
 from .lineage import Lineage
+from .metrics import MetricSums
+from .model import MAX_NODES
 from .signatures import Signed
 
 RESULT_SECTIONS: Final = ("manifest", "weights")
 
 
+Clipping = Annotated[
+    dict[
+        Annotated[str, StringConstraints(min_length=1, max_length=220)],
+        Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,32}$")],
+    ],
+    Field(max_length=2 * MAX_NODES),
+]
+"""Names of parameters to names of strategies (docs/dp-engine.md)."""
+
+
 class OwnerPrivacy(WireModel):
-    """What one dataset's records are guaranteed: ``(epsilon, delta)`` and what it follows from."""
+    """What one dataset's privacy units are guaranteed: ``(epsilon, delta)`` and what it follows from."""
 
     dataset: DatasetId
     epsilon: Annotated[float, Field(ge=0)]
@@ -35,10 +48,14 @@ class PrivacyStatement(WireModel):
 
     accountant: Literal["pld"] = "pld"
     neighbouring_relation: Literal["add-or-remove-one"] = "add-or-remove-one"
-    unit: Literal["record"] = "record"
+    unit: Literal["record", "subject"] = "record"
+    mechanism: Mechanism = "hardened"
+    """How the noise was drawn: with ``exact`` the figures hold for the bits released, not for ideal numbers."""
     owners: Annotated[tuple[OwnerPrivacy, ...], Field(min_length=1, max_length=MAX_DATASETS)]
     person_epsilon: Annotated[float, Field(ge=0)] | None
-    """For a person with a record in each owner's data; None where no bound is known (more than 16 datasets)."""
+    """For a person with a privacy unit in each owner's data; None where no bound is known (more than 16 datasets)."""
+    metrics_noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Of the metrics that were released with the weights, if any: their cost is in every epsilon."""
     person_delta: Annotated[float, Field(gt=0)]
 
 
@@ -55,6 +72,12 @@ class ResultManifest(WireModel):
     evidence: Evidence
     grants: Annotated[tuple[Signed, ...], Field(min_length=1, max_length=MAX_DATASETS + 1)]
     privacy: PrivacyStatement
+    metrics: MetricSums | None = None
+    """Of the final weights on all the records that they were trained on, if the plan asks for them."""
+    audit: AuditReport | None = None
+    """What the audit proves, if that is what the job was for: there are no weights then."""
+    clipping: Clipping = Field(default_factory=dict)
+    """How each parameter's gradients were clipped, by name: chosen by speed on the worker's machine, with public records."""
     software: dict[Annotated[str, StringConstraints(max_length=40)], Annotated[str, StringConstraints(max_length=80)]]
     isolation: Annotated[str, StringConstraints(max_length=80)]
     """How the training process was cut off from the network."""

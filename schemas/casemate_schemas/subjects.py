@@ -14,6 +14,10 @@
     casemate.ledger-head.<key broker>             newest head of each ledger          stream LEDGER_HEADS
     $KV.jobs.<job>                                job records                         stream KV_jobs
     $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
+    $KV.uploads.<member>.<digest>                 uploads that have not ended         stream KV_uploads
+    $KV.leases.<name>                             who does what only one may do       stream KV_leases
+    $KV.stored.<member>.<digest>                  size of an envelope it stored       stream KV_stored
+    $SYS.REQ.SERVER.PING.JSZ                      how each server keeps streams: for gateways
     _INBOX_<user>.>                               replies to one user
 
 Permissions keep an honest program with a bug, or one stolen key, inside its part. They are not enough alone: NATS never
@@ -51,6 +55,12 @@ GATEWAY_ACCOUNT: Final = "CASEMATE"
 
 WORKER_ACCOUNT: Final = "WORKERS"
 
+SYSTEM_ACCOUNT: Final = "SYS"
+"""The NATS account in which servers tell about themselves. It has no users; one of its services is handed on."""
+
+SERVER_STATUS: Final = "$SYS.REQ.SERVER.PING.JSZ"
+"""Subject on which every server with JetStream tells how it keeps streams. Handed on to the gateway's account alone."""
+
 EVENT_STREAM: Final = "EVENTS"
 BLOB_STREAM: Final = "BLOBS"
 BLOB_MARKER_STREAM: Final = "BLOB_MARKERS"
@@ -62,6 +72,12 @@ JOB_BUCKET: Final = "jobs"
 JOB_STREAM: Final = "KV_jobs"
 NONCE_BUCKET: Final = "nonces"
 NONCE_STREAM: Final = "KV_nonces"
+UPLOAD_BUCKET: Final = "uploads"
+UPLOAD_STREAM: Final = "KV_uploads"
+LEASE_BUCKET: Final = "leases"
+LEASE_STREAM: Final = "KV_leases"
+STORED_BUCKET: Final = "stored"
+STORED_STREAM: Final = "KV_stored"
 WORKER_CONSUMER: Final = "workers"
 
 _TOKEN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
@@ -114,11 +130,6 @@ def event(job_id: str) -> str:
 
 EVERY_EVENT_STORED: Final = "casemate.event-stored.*"
 """Subjects on which any job's events appear again."""
-
-
-def event_stored(job_id: str) -> str:
-    """Subject on which a job's event appears again once the stream has stored it."""
-    return f"casemate.event-stored.{token(job_id)}"
 
 
 def blob_chunk(digest_hex: str, upload_id: str) -> str:
@@ -206,7 +217,26 @@ WORKER_SERVICES: Final = (
 )
 """What the gateway's account offers to the workers': manifests, blobs, job records, events, and pulling from the work queue."""
 
-_PURGEABLE: Final = (BLOB_STREAM, BLOB_MARKER_STREAM, HEAD_STREAM, *(work_stream(c) for c in RESOURCE_CLASSES))
+_PURGEABLE: Final = (
+    BLOB_STREAM,
+    BLOB_MARKER_STREAM,
+    HEAD_STREAM,
+    UPLOAD_STREAM,
+    STORED_STREAM,
+    *(work_stream(c) for c in RESOURCE_CLASSES),
+)
+
+
+_READ_THROUGH: Final = (
+    EVENT_STREAM,
+    JOB_STREAM,
+    REVOCATION_STREAM,
+    BLOB_MARKER_STREAM,
+    HEAD_STREAM,
+    UPLOAD_STREAM,
+    STORED_STREAM,
+)
+"""Streams that the gateway reads from end to end."""
 
 
 def gateway_permissions(user: str = "gateway") -> Permissions:
@@ -217,6 +247,11 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *_SHARED_SERVICES,
             "casemate.work.*.*",
             f"$KV.{NONCE_BUCKET}.*",
+            f"$KV.{UPLOAD_BUCKET}.*.*",
+            f"$KV.{STORED_BUCKET}.*.*",
+            f"$KV.{LEASE_BUCKET}.*",
+            f"$JS.API.DIRECT.GET.{UPLOAD_STREAM}.$KV.{UPLOAD_BUCKET}.*.*",
+            f"$JS.API.DIRECT.GET.{LEASE_STREAM}.$KV.{LEASE_BUCKET}.*",
             "casemate.manifest.*",
             EVERY_REVOCATION,
             *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
@@ -225,8 +260,9 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *(f"$JS.API.CONSUMER.INFO.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
             f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
             f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
-            *(f"$JS.API.DIRECT.GET.{stream}" for stream in (EVENT_STREAM, JOB_STREAM, REVOCATION_STREAM)),
+            *(f"$JS.API.DIRECT.GET.{stream}" for stream in _READ_THROUGH),
             f"$JS.FC.{JOB_STREAM}.>",
+            SERVER_STATUS,
         ),
         subscribe=(
             f"{inbox_prefix(user)}.>",

@@ -201,7 +201,7 @@ class Gateway:
         fields = {"Accept-Encoding": "identity", **(headers or {})}
         fields |= sign_request(self._identity, method, str(url), carried.sha256)
         if body is not None:
-            fields |= {"Content-Length": str(body.length), "Content-Type": api.MEDIA_TYPE}
+            fields = {"Content-Type": api.MEDIA_TYPE, **fields, "Content-Length": str(body.length)}
         try:
             async with self._session.request(
                 method,

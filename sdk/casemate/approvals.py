@@ -86,10 +86,12 @@ class ApprovalRequest:
 
     def _lines(self) -> Iterator[str]:
         terms, training = self.terms.terms, self.terms.terms.plan.training
+        asked = "train" if terms.plan.audit is None else f"audit training, with {terms.plan.audit.canaries} canaries"
         yield f"{self.key_broker}: job {terms.job_id} is {self.state}"
-        yield f"  {_name(self.terms.submitter)} asks to train, for {terms.plan.purpose}, until {_when(terms.deadline)}"
+        yield f"  {_name(self.terms.submitter)} asks to {asked}, for {terms.plan.purpose}, until {_when(terms.deadline)}"
         yield f"  on {', '.join(use.dataset for use in terms.plan.datasets)}, to predict {terms.plan.pipeline.target}"
-        yield f"  {training.steps} steps of noise {training.noise_multiplier:g}; the model itself stays sealed"
+        noise = f"{training.mechanism} noise {', then '.join(f'{sigma:g}' for _, sigma in training.noise_phases)}"
+        yield f"  {training.steps} steps of {noise}; the model itself stays sealed"
         readers = ", ".join(map(_name, self.terms.recipients))
         yield f"  released: {', '.join(terms.plan.release)}, to {readers}"
         for use in self.shown.uses:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 from casemate_privacy.owners import Choice
@@ -28,6 +28,7 @@ from casemate_schemas.custody import (
 from casemate_schemas.dataset import DatasetCard
 from casemate_schemas.errors import ManifestError, ParameterError
 from casemate_schemas.identity import Revocation
+from casemate_schemas.job import Mechanism
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.licence import Licence
 from casemate_schemas.pipeline import Loss, Scaling
@@ -54,7 +55,18 @@ from . import planning as _planning
 from ._http import MAX_LIST_BYTES, BytesBody, Gateway, read_json
 from ._session import Session, fetch_chain
 from .identity import Identity, now_ms
-from .parameters import SGD, Adam, Privacy, parameter_errors
+from .parameters import (
+    SGD,
+    Adam,
+    Audit,
+    Augmentation,
+    Averaging,
+    LrSchedule,
+    Metrics,
+    NoisePhase,
+    Privacy,
+    parameter_errors,
+)
 from .state import State, default_state_dir
 
 
@@ -372,6 +384,14 @@ class Consortium:
         max_physical_batch: int = 1024,
         checkpoint_every_steps: int = 100,
         job_id: str | None = None,
+        mechanism: Mechanism = "hardened",
+        lr_schedule: LrSchedule | None = None,
+        noise_schedule: Sequence[NoisePhase] = (),
+        averaging: Averaging | None = None,
+        augmentation: Augmentation | None = None,
+        metrics: Metrics | None = None,
+        padded_batch: int | Literal["auto"] | None = None,
+        audit: Audit | None = None,
     ) -> _jobs.Job:
         """Plan, seal and submit one training job. The model stays as it was; its weights are the initial ones.
 
@@ -379,9 +399,9 @@ class Consortium:
             model: a ``torch.nn.Module`` whose operations are on the allow-list and keep examples apart.
             datasets: ``name@owner`` each.
             target: the column to predict.
-            privacy: epsilon, delta and clipping norm, for each owner's records.
+            privacy: epsilon, delta, clipping norm and unit, for each owner's data.
             optimizer: ``SGD(lr=...)`` or ``Adam(lr=...)``.
-            batch_size: expected records in a batch, over all datasets, at their declared row bounds.
+            batch_size: expected privacy units (records or subjects) in a batch, over all datasets, at their declared bounds.
             epochs, steps: one of them: expected passes over the declared rows, or the number of steps.
             features: columns that go in, in this order; all but the target if not given.
             input_shape: one example's; inferred from the features if not given.
@@ -391,6 +411,16 @@ class Consortium:
             recipients: signed delegations of those who may open the result; this person if not given.
             deadline_s: seconds within which the key brokers must have agreed.
             job_id: 32 hexadecimal digits. Submitting the same job again under its id is the same job.
+            mechanism: ``hardened`` noise, or ``exact``, whose guarantee holds for the bits released: docs/dp-engine.md.
+            lr_schedule: multiples of the learning rate by step; always one if not given.
+            noise_schedule: phases of other noise, ascending. The noise at the start is solved for so that all of them
+                together meet ``privacy``.
+            averaging: release an average of the weights along the way.
+            augmentation: average each image's gradient over several views of it.
+            metrics: release accuracy and mean loss on the training records beside the weights; charged with them.
+            padded_batch: let every step compute on so many privacy units, dummies among them, so that its duration does not
+                tell how many were drawn; a step that draws more uses none. ``auto`` is enough for all but one in 10^9.
+            audit: put canaries in, and release a report in place of weights: see :meth:`audit`.
 
         Raises :class:`ParameterError`, :class:`~casemate_schemas.errors.ModelError` with the user's line,
         :class:`~casemate_schemas.errors.DatasetError`, :class:`~casemate_schemas.errors.BudgetError`,
@@ -415,8 +445,31 @@ class Consortium:
             max_physical_batch=max_physical_batch,
             checkpoint_every_steps=checkpoint_every_steps,
             job_id=job_id,
+            mechanism=mechanism,
+            lr_schedule=lr_schedule,
+            noise_schedule=tuple(noise_schedule),
+            averaging=averaging,
+            augmentation=augmentation,
+            metrics=metrics,
+            padded_batch=padded_batch,
+            audit=audit,
         )
         return await _jobs.train(self._session, request)
+
+    async def audit(self, /, *, canaries: int = 1000, confidence: float = 0.95, **training: Any) -> _jobs.Job:
+        """Audit the engine: the training that :meth:`train` would make, with canaries in it, for a report in place of weights.
+
+        The report compares a lower bound on epsilon, from how well the canaries are found in what the training releases, with
+        the epsilon that is guaranteed. It costs every owner what the training costs; licences judge it as training.
+
+        Args:
+            canaries: 16 to 10,000.
+            confidence: with which the bounds hold.
+            training: as for :meth:`train`, without ``metrics``, ``augmentation`` and ``padded_batch``.
+
+        Raises as :meth:`train`.
+        """
+        return await self.train(**training, audit=Audit(canaries=canaries, confidence=confidence))
 
     async def job(self, job_id: str, *, submitter: str | None = None) -> _jobs.Job:
         """A job submitted earlier, from here or elsewhere.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 import numpy as np
-from casemate_schemas import api
 from casemate_schemas import dataset as _wire_dataset
 from casemate_schemas import licence as _wire_licence
 from casemate_schemas.codec import digest_of, encode
@@ -18,7 +17,7 @@ from casemate_schemas.consortium import KeyBroker
 from casemate_schemas.custody import DatasetPrepared, PrepareDataset
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, EnvelopeKind, frame_head
-from casemate_schemas.errors import DatasetError, LicenceError, ManifestError, SealError, UnavailableError
+from casemate_schemas.errors import DatasetError, LicenceError, ManifestError, UnavailableError
 from casemate_schemas.job import DATASET_SECTIONS
 from casemate_schemas.licence import Licence
 from casemate_schemas.licence_check import sign_licence
@@ -39,8 +38,9 @@ from casemate_schemas.requests import (
 from casemate_schemas.sealing import EnvelopeSealer
 from casemate_schemas.sections import pack_sections
 
-from ._http import MAX_JSON_BYTES, FileBody, printable, read_json
+from ._http import printable
 from ._session import Session
+from ._transfers import upload
 from .parameters import to_wire
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -198,17 +198,14 @@ async def upload_sealed(
     """Seal sections to a key broker (to the sealing key ``to`` of it, or its own) and upload the envelope. Only ciphertext
     meets the disk.
 
-    Raises :class:`SealError` if the gateway says that it stored another envelope, the typed error of its problem, or as
+    A large one goes in pieces, and goes on where it broke off. Raises as :func:`._transfers.upload` and
     :meth:`Session.attest`.
     """
     await session.attest(broker)
     with tempfile.TemporaryFile() as file:
         sealing_key = broker.sealing_key if to is None else to
         framed, digest = await asyncio.to_thread(_seal_to_file, session, kind, sections, sealing_key, file)
-        body = await asyncio.to_thread(FileBody, framed, file)
-        answer = await session.gateway.post(api.ENVELOPES_PATH, body, max_bytes=MAX_JSON_BYTES)
-    if read_json(api.EnvelopeStored, answer.body).envelope != digest.hex():
-        raise SealError("the gateway says that it stored another envelope than was sent")
+        await upload(session.gateway, framed, file, digest)
     return Uploaded(framed[PREFIX_BYTES:], digest)
 
 

@@ -26,6 +26,7 @@ from casemate_schemas.identity import Delegation
 from casemate_schemas.job import JOB_SECTIONS, JobSpec, Plan
 from casemate_schemas.job_state import TERMINAL, JobEvent
 from casemate_schemas.requests import Refusal
+from casemate_schemas.result import Release
 from casemate_schemas.sealing import open_envelope, seal_envelope
 from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.terms import Terms, weights_commitment
@@ -33,6 +34,7 @@ from pydantic import ValidationError
 
 from ._http import MAX_JSON_BYTES, BytesBody, printable, read_json
 from ._session import Session
+from ._transfers import download
 from .datasets import find_datasets, upload_sealed
 from .parameters import parameter_errors
 from .planning import TrainingRequest, check_request, is_job_id, plan_training
@@ -208,9 +210,11 @@ class Job:
             raise self._why_not(status)
         gateway = self._session.gateway
         release = await gateway.get(f"{self._path}/release", max_bytes=_MAX_RELEASE_BYTES)
-        envelope = await gateway.get(f"{self._path}/result", max_bytes=MAX_RESULT_BYTES)
         signed = decode(Signed, release.body, max_bytes=_MAX_RELEASE_BYTES)
-        bundle = Bundle(await self._session.newest_chain(), signed, envelope.body)
+        digest = signed.peek(Release).result
+        partial = self._session.state.download_path(digest)
+        envelope = await download(gateway, f"{self._path}/result", digest, partial, max_bytes=MAX_RESULT_BYTES)
+        bundle = Bundle(await self._session.newest_chain(), signed, envelope)
         return await asyncio.to_thread(open_result, bundle, self._session.identity, self._expected())
 
     def refusals(self, status: api.JobStatus) -> dict[str, str]:

@@ -8,25 +8,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from fractions import Fraction
+from typing import Any, Final, Literal, get_args
 
 from casemate_privacy.accounting import epsilon
+from casemate_privacy.calibration import noise_multiplier
 from casemate_privacy.owners import Choice, OwnersPlan, OwnerTarget, plan_job, weigh_choices
+from casemate_privacy.rounding import exact_clipping_norm
+from casemate_privacy.shapes import JobShape
 from casemate_schemas import job as wire
 from casemate_schemas.codec import digest_of
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import BudgetError, DatasetError, ModelError, ParameterError
-from casemate_schemas.job import MAX_DATASETS, DatasetUse, Plan, Rational, Training
+from casemate_schemas.job import MAX_DATASETS, MAX_NOISE_PHASES, DatasetUse, Mechanism, Plan, Rational, Training
 from casemate_schemas.licence import names_model
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.pipeline import Loss, PipelineSpec, Scaling
 from casemate_schemas.signatures import Signed
 
 from .datasets import Dataset
-from .parameters import SGD, Adam, Privacy, parameter_errors, to_wire
+from .parameters import (
+    SGD,
+    Adam,
+    Audit,
+    Augmentation,
+    Averaging,
+    LrSchedule,
+    Metrics,
+    NoisePhase,
+    Privacy,
+    parameter_errors,
+    to_wire,
+)
 
 MAX_DEADLINE_S: Final = 30 * 24 * 3600
 _INTEGERS: Final = ("int64", "int32", "uint8")
+_LEAST_EPSILON: Final = 1e-3
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,14 @@ class TrainingRequest:
     max_physical_batch: int
     checkpoint_every_steps: int
     job_id: str | None
+    mechanism: Mechanism = "hardened"
+    lr_schedule: LrSchedule | None = None
+    noise_schedule: tuple[NoisePhase, ...] = ()
+    averaging: Averaging | None = None
+    augmentation: Augmentation | None = None
+    metrics: Metrics | None = None
+    padded_batch: int | Literal["auto"] | None = None
+    audit: Audit | None = None
 
 
 def check_request(request: TrainingRequest) -> None:
@@ -59,6 +84,7 @@ def check_request(request: TrainingRequest) -> None:
         raise ParameterError("privacy: expected casemate.Privacy(epsilon=..., delta=..., clipping_norm=...)")
     if not isinstance(request.optimizer, SGD | Adam):
         raise ParameterError("optimizer: expected casemate.SGD(lr=...) or casemate.Adam(lr=...)")
+    _check_choices(request)
     if not 1 <= len(request.datasets) <= MAX_DATASETS or len(set(request.datasets)) != len(request.datasets):
         raise ParameterError(f"datasets: expected 1 to {MAX_DATASETS} ids, each once")
     if not _is_integer(request.batch_size) or request.batch_size < 1:
@@ -73,9 +99,44 @@ def check_request(request: TrainingRequest) -> None:
         raise ParameterError(f"deadline_s: expected 1 to {MAX_DEADLINE_S} seconds, got {request.deadline_s!r}")
     if request.job_id is not None and not is_job_id(request.job_id):
         raise ParameterError("job_id: expected 32 hexadecimal digits")
-    for name, value, known in (("loss", request.loss, get_args(Loss)), ("scaling", request.scaling, get_args(Scaling))):
+    for name, value, known in (
+        ("loss", request.loss, get_args(Loss)),
+        ("scaling", request.scaling, get_args(Scaling)),
+        ("mechanism", request.mechanism, get_args(Mechanism)),
+    ):
         if value is not None and value not in known:
             raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _check_choices(request: TrainingRequest) -> None:
+    """Schedules and the like, each of its own type or left out."""
+    kinds = {
+        "lr_schedule": LrSchedule,
+        "averaging": Averaging,
+        "augmentation": Augmentation,
+        "metrics": Metrics,
+        "audit": Audit,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(value := getattr(request, name), kind | None):
+            raise ParameterError(f"{name}: expected casemate.{kind.__name__}(...), got {type(value).__name__}")
+    if request.audit is not None:
+        _check_audit(request)
+    if request.padded_batch not in (None, "auto") and not _is_integer(request.padded_batch):
+        raise ParameterError(f"padded_batch: expected a whole number, 'auto' or None, got {request.padded_batch!r}")
+    if not all(isinstance(phase, NoisePhase) for phase in request.noise_schedule):
+        raise ParameterError("noise_schedule: expected casemate.NoisePhase(first_step=..., factor=...) each")
+    if len(request.noise_schedule) >= MAX_NOISE_PHASES:
+        raise ParameterError(f"noise_schedule: expected at most {MAX_NOISE_PHASES - 1} phases")
+
+
+def _check_audit(request: TrainingRequest) -> None:
+    """Canaries are single records, in batches of any size, and a report takes the place of all that is released."""
+    for name in ("metrics", "augmentation", "padded_batch"):
+        if getattr(request, name) is not None:
+            raise ParameterError(f"{name}: an audit has none; leave it out, the engine is the same without it")
+    if request.privacy.unit != "record":
+        raise ParameterError("privacy: an audit's canaries are single records; the unit must be the record")
 
 
 def is_job_id(value: object) -> bool:
@@ -99,7 +160,7 @@ def plan_training(
     from casemate_models.pipeline import check_pipeline
     from casemate_models.tracing import trace
 
-    check_units(datasets)
+    check_units(datasets, request.privacy)
     features = feature_columns([dataset.card for dataset in datasets], request.features, request.target)  # 1
     target = _column(datasets[0].card, request.target)
     input_shape = request.input_shape or _input_shape(features)
@@ -108,31 +169,41 @@ def plan_training(
     with parameter_errors("pipeline"):
         pipeline = _pipeline(request, features, target, loss)
     check_loss(model, loss, pipeline)
+    if request.augmentation is not None:
+        request.augmentation.check_input(model.input_shape)
     for dataset in datasets:
         check_pipeline(pipeline, dataset.card, model.input_shape)
     owners = plan_rates(request, datasets)  # 3
     with parameter_errors("plan"):
-        return _plan(request, datasets, pipeline, loss, owners, recipients, model), model, weights
+        plan = _plan(request, datasets, pipeline, loss, owners, recipients, model)
+    _check_mechanism(plan, model)
+    return plan, model, weights
 
 
-def check_units(datasets: Sequence[Dataset]) -> None:
-    """Raises :class:`DatasetError` for a dataset whose privacy unit no worker protects yet."""
+def check_units(datasets: Sequence[Dataset], privacy: Privacy) -> None:
+    """Raises :class:`DatasetError` for a dataset whose privacy unit is not the one asked for: one job protects one unit."""
     for dataset in datasets:
-        if dataset.card.privacy_unit != "record":
+        if (unit := dataset.card.privacy_unit) != privacy.unit:
             raise DatasetError(
-                f"{dataset.id} protects subjects, with up to {dataset.card.max_records_per_subject} records each, and no "
-                "worker bounds what one subject contributes yet: no job can use it"
+                f"{dataset.id} protects one {unit}, and the job was to protect one {privacy.unit}: "
+                f"ask for Privacy(..., unit={unit!r}), with datasets that all protect one {unit}"
             )
 
 
+def units_of(card: DatasetCard) -> int:
+    """The public bound on the privacy units that a card protects."""
+    return card.row_bound if card.privacy_unit == "record" else card.subject_bound or card.row_bound
+
+
 def feature_columns(cards: Sequence[DatasetCard], names: Sequence[str] | None, target: str) -> tuple[Column, ...]:
-    """The columns that go in: those named, or all but the target, in the first card's order.
+    """The columns that go in: those named, or all but the target and those that name subjects, in the first card's order.
 
     Each must be declared alike (shape and bounds) by every owner: scaling by other bounds would mean other features.
     Raises :class:`DatasetError` that names the column.
     """
     first = cards[0]
-    chosen = tuple(names or (column.name for column in first.columns if column.name != target))
+    kept_out = {target, *(card.subject_column for card in cards)}
+    chosen = tuple(names or (column.name for column in first.columns if column.name not in kept_out))
     for name in (*chosen, target):
         ours = _column(first, name)
         for card in cards[1:]:
@@ -165,7 +236,9 @@ def plan_rates(request: TrainingRequest, datasets: Sequence[Dataset]) -> OwnersP
     remaining budget certainly does not cover the plan.
     """
     steps = count_steps(datasets, request.batch_size, request.epochs, request.steps)
-    plan, costs, _ = _planned(request.privacy, datasets, steps, request.batch_size)
+    once = () if request.metrics is None else (metrics_noise(request.metrics, request.privacy, datasets),)
+    shape = JobShape.of(steps, request.noise_schedule, once)
+    plan, costs, _ = _planned(request.privacy, datasets, shape, request.batch_size)
     _check_budgets(datasets, costs)
     return plan
 
@@ -181,10 +254,11 @@ def weigh_budgets(
 
 
 def count_steps(datasets: Sequence[Dataset], batch_size: int, epochs: float | None, steps: int | None) -> int:
-    """The job's steps. Raises :class:`ParameterError` for a batch larger than the declared rows, or too many steps."""
-    rows = sum(dataset.card.row_bound for dataset in datasets)
+    """The job's steps. Raises :class:`ParameterError` for a batch larger than the declared units, or too many steps."""
+    rows = sum(units_of(dataset.card) for dataset in datasets)
     if batch_size > rows:
-        raise ParameterError(f"batch_size: expected at most the {rows} declared rows, got {batch_size}")
+        what = "rows" if datasets[0].card.privacy_unit == "record" else "subjects"
+        raise ParameterError(f"batch_size: expected at most the {rows} declared {what}, got {batch_size}")
     counted = steps or math.ceil((epochs or 1) * rows / batch_size)
     if counted > wire.MAX_STEPS:
         raise ParameterError(f"{counted} steps: expected at most {wire.MAX_STEPS}; fewer epochs or larger batches")
@@ -192,7 +266,7 @@ def count_steps(datasets: Sequence[Dataset], batch_size: int, epochs: float | No
 
 
 def _planned(
-    privacy: Privacy, datasets: Sequence[Dataset], steps: int, batch_size: int
+    privacy: Privacy, datasets: Sequence[Dataset], steps: int | JobShape, batch_size: int
 ) -> tuple[OwnersPlan, list[float], list[OwnerTarget]]:
     """The plan, what it costs each owner at its licence's delta, and the targets that it meets."""
     capped: set[str] = set()
@@ -208,7 +282,7 @@ def _planned(
 
 def _target(privacy: Privacy, dataset: Dataset, capped: bool) -> OwnerTarget:
     """The target asked for; for an owner over its cap, the stricter epsilon at the stricter delta."""
-    licence, rows = dataset.licence, dataset.card.row_bound
+    licence, rows = dataset.licence, units_of(dataset.card)
     if not capped:
         return OwnerTarget(rows, privacy.epsilon, privacy.delta)
     return OwnerTarget(rows, min(privacy.epsilon, licence.epsilon_per_job), min(privacy.delta, licence.delta))
@@ -244,6 +318,7 @@ def _plan(
                 key_broker=dataset.offer.key_broker,
                 row_bound=dataset.card.row_bound,
                 sample_rate=Rational.of(rate),
+                subjects=_subject_use(dataset.card),
             )
             for dataset, rate in zip(datasets, owners.rates, strict=True)
         ),
@@ -255,12 +330,68 @@ def _plan(
             clipping_norm=request.privacy.clipping_norm,
             noise_multiplier=owners.noise_multiplier,
             max_physical_batch=request.max_physical_batch,
+            padded_batch=_padded_batch(request, datasets, owners),
             checkpoint_every_steps=request.checkpoint_every_steps,
+            mechanism=request.mechanism,
+            lr_schedule=to_wire(wire.LrSchedule, request.lr_schedule or LrSchedule()),
+            noise_schedule=tuple(to_wire(wire.NoisePhase, phase) for phase in request.noise_schedule),
+            averaging=request.averaging and to_wire(wire.Averaging, request.averaging),
+            augmentation=request.augmentation and to_wire(wire.Augmentation, request.augmentation),
         ),
-        privacy=wire.Privacy(epsilon=request.privacy.epsilon, delta=request.privacy.delta),
+        privacy=wire.Privacy(epsilon=request.privacy.epsilon, delta=request.privacy.delta, unit=request.privacy.unit),
+        kind="train" if request.audit is None else "privacy_audit",
+        audit=request.audit and to_wire(wire.Audit, request.audit),
+        release=_release(request),
+        metrics=None
+        if request.metrics is None
+        else wire.Metrics(noise_multiplier=owners.shape.once[0], loss_bound=request.metrics.loss_bound),
         recipients=recipients,
         model=digest_of(model) if any(names_model(dataset.licence) for dataset in datasets) else None,
     )
+
+
+def _release(request: TrainingRequest) -> tuple[wire.Released, ...]:
+    if request.audit is not None:
+        return ("audit",)
+    return ("weights",) if request.metrics is None else ("weights", "metrics")
+
+
+def metrics_noise(metrics: Metrics, privacy: Privacy, datasets: Sequence[Dataset]) -> float:
+    """The noise multiplier with which metrics alone cost their share of the strictest owner's epsilon.
+
+    Raises :class:`ParameterError` for a share that no noise multiplier meets.
+    """
+    strictest = min([privacy.epsilon, *(dataset.licence.epsilon_per_job for dataset in datasets)])
+    delta = min([privacy.delta, *(dataset.licence.delta for dataset in datasets)])
+    return noise_multiplier(max(strictest * metrics.epsilon_share, _LEAST_EPSILON), delta, Fraction(1), 1)
+
+
+def padded_size(expected: float, units: int) -> int:
+    """Places for all that a step draws, but for one step in 10^9, and at most all ``units`` (Bernstein's inequality)."""
+    log = math.log(1e9)
+    return min(units, math.ceil(expected + log / 3 + math.sqrt(log * log / 9 + 2 * log * expected)))
+
+
+def _padded_batch(request: TrainingRequest, datasets: Sequence[Dataset], owners: OwnersPlan) -> int | None:
+    if request.padded_batch != "auto":
+        return request.padded_batch
+    units = [units_of(dataset.card) for dataset in datasets]
+    expected = sum(rate * count for rate, count in zip(owners.rates, units, strict=True))
+    return padded_size(float(expected), sum(units))
+
+
+def _subject_use(card: DatasetCard) -> wire.SubjectUse | None:
+    if card.max_records_per_subject is None:
+        return None
+    return wire.SubjectUse(max_records=card.max_records_per_subject, bound=units_of(card))
+
+
+def _check_mechanism(plan: Plan, model: ModelSpec) -> None:
+    """Raises :class:`ParameterError` where exact noise would take too much of the clipping norm, as a worker would."""
+    if plan.training.mechanism == "exact":
+        coordinates = sum(math.prod(parameter.shape) for parameter in model.parameters)
+        sigma = max(sigma for _, sigma in plan.training.noise_phases)
+        exact_clipping_norm(plan.training.clipping_norm, sigma, coordinates, float(plan.expected_batch))
 
 
 def _pipeline(request: TrainingRequest, features: Sequence[Column], target: Column, loss: Loss) -> PipelineSpec:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from casemate_schemas.audit import AuditReport
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import MAX_CHAIN_BYTES, ManifestChain
 from casemate_schemas.errors import MissingExtraError, SetupError
 from casemate_schemas.grant import Grant
+from casemate_schemas.metrics import MetricSums
 from casemate_schemas.model import MAX_NODES
 from casemate_schemas.result import PrivacyStatement, Release, ResultManifest
 from casemate_schemas.signatures import Signed
@@ -26,6 +30,7 @@ from .verification import MAX_RESULT_BYTES, Bundle, Expected, Verification, Veri
 
 if TYPE_CHECKING:
     import torch
+    from casemate_privacy.recorded import RecordedEvents
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,6 +58,19 @@ class Result:
     def privacy(self) -> PrivacyStatement:
         """The guarantee for each owner's records, and for a person in several owners' data."""
         return self.manifest.privacy
+
+    @property
+    def metrics(self) -> MetricSums | None:
+        """Accuracy and mean loss on the training records, each with its error bar, if the job was to release them.
+
+        They are noisy sums, charged together with the weights, and say nothing about other data.
+        """
+        return self.manifest.metrics
+
+    @property
+    def audit(self) -> AuditReport | None:
+        """Lower bounds on epsilon beside the guaranteed one, if the job was an audit; there are no weights then."""
+        return self.manifest.audit
 
     @property
     def simulation(self) -> bool:
@@ -90,6 +108,12 @@ class Result:
         except OSError as error:
             raise SetupError(f"cannot write to {target}: {error.strerror}") from error
 
+    def privacy_events(self) -> RecordedEvents:
+        """What each stated epsilon follows from, to be recomputed by anyone: ``casemate epsilon --events FILE``."""
+        from casemate_privacy.recorded import events_of_result
+
+        return events_of_result(self.job_id, self.terms.plan, self.privacy)
+
     def obligations(self) -> list[dict[str, Any]]:
         """What each owner's licence obliges the holder of this result to, as its key broker stated it in the Grant."""
         headers = [signed.peek(Grant).header for signed in self.manifest.grants]
@@ -109,6 +133,9 @@ class Result:
             ],
             "obligations": self.obligations(),
             "privacy": self.privacy.model_dump(mode="json"),
+            "metrics": None if self.metrics is None else self.metrics.summary(),
+            "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
+            "clipping": self.manifest.clipping,
             "software": self.manifest.software,
             "isolation": self.manifest.isolation,
             "finished": self.manifest.finished,
@@ -126,11 +153,25 @@ class Result:
         ]
         together = self.privacy.person_epsilon
         bound = "no bound known" if together is None else f"ε {together:.4g} at δ {self.privacy.person_delta:g}"
-        person = f"  a person with a record in each of them: {bound}"
+        person = f"  a person with a {self.privacy.unit} in each of them: {bound}"
         head = f"result of job {self.job_id}: {len(self.arrays)} tensors, all {len(self.verification.steps)} steps verified"
         software = ", ".join(f"{printable(k)} {printable(v)}" for k, v in sorted(self.manifest.software.items()))
-        lines = [head, *owners, person, f"  {software}; {printable(self.manifest.isolation)}"]
+        noise = f"  {self.privacy.mechanism} noise{_clipping(self.manifest.clipping)}"
+        found = [] if self.metrics is None else [f"  {name} {value}" for name, value in self.metrics.summary().items()]
+        lines = [head, *owners, person, noise, *found, f"  {software}; {printable(self.manifest.isolation)}"]
+        if self.audit is not None:
+            lines.insert(1, f"  {audited(self.audit)}")
         return "\n".join([*lines, f"  {SIMULATED}"] if self.simulation else lines)
+
+
+def audited(report: AuditReport) -> str:
+    """An audit in one line."""
+    verdict = "REFUTES the guarantee" if report.refutes else "does not refute the guarantee"
+    return (
+        f"audit with {report.canaries} canaries: ε is at least {report.epsilon_lower:.4g} "
+        f"({report.confidence:.2%} confidence; any mechanism: {report.one_run_epsilon:.4g}) at δ {report.delta:g}; "
+        f"guaranteed: {report.epsilon:.4g}. This {verdict}"
+    )
 
 
 def open_result(bundle: Bundle, identity: Identity, expected: Expected) -> Result:
@@ -160,10 +201,18 @@ def job_id_of(release: Signed) -> str:
     return release.peek(Release).job_id
 
 
+def _clipping(strategies: Mapping[str, str]) -> str:
+    """``, clipped by ghost (12), per_sample (4)``: strategies and how many parameters each served."""
+    counts = sorted(Counter(strategies.values()).items())
+    return f", clipped by {', '.join(f'{printable(name)} ({count})' for name, count in counts)}" if counts else ""
+
+
 def _arrays(verified: VerifiedResult) -> dict[str, Array]:
     from casemate_models.tensors import read_tensors
 
     data = bytes(verified.weights)
+    if verified.manifest.audit is not None:
+        return {}
     return read_tensors(data, max_bytes=len(data), max_tensors=2 * MAX_NODES)
 
 

@@ -82,6 +82,10 @@ class State:
         """What was submitted from here under that id."""
         return self._read(SubmittedJob, _job_file(job_id))
 
+    def download_path(self, envelope: bytes) -> Path:
+        """Where the beginning of an envelope is kept while it is fetched: ciphertext, not verified yet."""
+        return self._folder / f"download-{envelope.hex()}"
+
     def remember_ledger_head(self, broker: KeyBroker, consortium: bytes, signed: Signed) -> None:
         """Keep the newest head of a key broker's ledger, to be shown to it: it can tell by it that it was set back.
 

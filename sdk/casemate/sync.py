@@ -228,6 +228,7 @@ class Consortium:
         return self._loop.run(self.inner.jobs())
 
     train = _blocking_train(_client.Consortium.train)
+    audit = _blocking_train(_client.Consortium.audit)
 
     def wrap_job(self, coroutine: Coroutine[Any, Any, _jobs.Job]) -> Job:
         """Wait for a job and give it its blocking form."""

@@ -16,14 +16,18 @@ from datetime import UTC, datetime
 from typing import Final
 
 from casemate_attestation.evidence import verify_evidence
+from casemate_privacy.auditing import audit_report
 from casemate_privacy.statement import privacy_statement
+from casemate_schemas.audit import AuditCounts, AuditReport
 from casemate_schemas.codec import decode, digest_of
 from casemate_schemas.consortium import Consortium, ManifestChain
 from casemate_schemas.envelope import EnvelopeHead, open_head, split_envelope
 from casemate_schemas.errors import CasemateError, ReleaseError
 from casemate_schemas.evidence import Evidence
 from casemate_schemas.grant import AuditEntry, CommitReceipt, Grant
+from casemate_schemas.job import Plan
 from casemate_schemas.keys import sealing_key_id
+from casemate_schemas.metrics import MetricSums, has_accuracy, noise_std
 from casemate_schemas.result import RESULT_SECTIONS, PrivacyStatement, Release, ResultManifest
 from casemate_schemas.sealing import check_consortium, open_ciphertext, unseal_key
 from casemate_schemas.sections import unpack_sections
@@ -34,8 +38,9 @@ from ._session import consortium_at
 from .identity import Identity
 
 MAX_RESULT_BYTES: Final = 4 << 30
-MAX_MANIFEST_BYTES: Final = 1 << 20
+MAX_MANIFEST_BYTES: Final = 2 << 20
 _RELATIVE_TOLERANCE: Final = 1e-6
+_BOUNDS: Final = {"epsilon", "one_run_epsilon", "profile_epsilon"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,8 @@ def verify_result(bundle: Bundle, identity: Identity, expected: Expected) -> Ver
         manifest that it names (a successor may have released the result under a newer one).
     11. *result manifest*: it is about this consortium and job, and says truly whether it was simulated.
     12. *privacy*: sample rate, noise, steps and delta of each owner are those of the terms, and each epsilon equals its
-        recomputation and is within the terms' target.
+        recomputation and is within the terms' target. Metrics are there if the terms ask for them, with their noise.
+        Of an audit there is a report and no weights; its bounds equal their recomputation from its counts and the terms.
 
     Args:
         bundle: what was fetched. The chain is verified here again.
@@ -169,6 +175,8 @@ def verify_result(bundle: Bundle, identity: Identity, expected: Expected) -> Ver
         note("the training worker", "agrees with all of the above")
     with steps(12, "privacy") as note:
         _privacy(manifest.privacy, terms.terms)
+        _metrics(manifest.metrics, terms.terms.plan)
+        _audit(manifest.audit, sections["weights"], terms.terms.plan)
         note("recomputed here", ", ".join(f"{o.dataset} ε {o.epsilon:.4g}" for o in manifest.privacy.owners))
     return VerifiedResult(steps.verification(consortium), manifest, terms, sections["weights"])
 
@@ -341,6 +349,27 @@ def _privacy(stated: PrivacyStatement, terms: Terms) -> None:
     _close("a person's epsilon", stated.person_epsilon or 0.0, recomputed.person_epsilon or 0.0)
     if _without_epsilon(stated) != _without_epsilon(recomputed):
         raise ReleaseError("datasets, sample rates, noise, steps or delta are not those of the terms")
+
+
+def _metrics(released: MetricSums | None, plan: Plan) -> None:
+    """That metrics are those of the terms: there or not, for which kind of target, with which noise and bound."""
+    stated = released and (released.noise_std, released.loss_bound, released.right is not None)
+    loss, asked = plan.training.loss, plan.metrics
+    if stated != (asked and (noise_std(loss, asked.noise_multiplier), asked.loss_bound, has_accuracy(loss))):
+        raise ReleaseError("metrics are not those that the terms ask for")
+
+
+def _audit(report: AuditReport | None, weights: memoryview, plan: Plan) -> None:
+    """That there is a report in place of weights if the terms ask for one, and that it says what follows from its counts."""
+    if (report is not None, len(weights) == 0) != (plan.audit is not None,) * 2:
+        raise ReleaseError("the terms ask for weights or for an audit's report, and the result is the other")
+    if report is None:
+        return
+    expected = audit_report(plan, AuditCounts(guesses=report.guesses))
+    for name in sorted(_BOUNDS):
+        _close(f"the audit's {name}", getattr(report, name), getattr(expected, name))
+    if report.model_copy(update=expected.model_dump(include=_BOUNDS)) != expected:
+        raise ReleaseError("canaries, rate, confidence or delta of the audit are not those of the terms")
 
 
 def _without_epsilon(statement: PrivacyStatement) -> PrivacyStatement:

@@ -4,7 +4,7 @@ import pytest
 import pytest_asyncio
 from casemate.local_stack.layout import Layout
 from casemate.local_stack.supervisor import LocalStack
-from support.faults import OVERRIDES, Bench, Orders, running_bench
+from support.faults import OVERRIDES, STORE_BYTES, Bench, Orders, running_bench
 from support.stack import copy_of, founded
 
 __all__ = ["founded"]
@@ -15,7 +15,12 @@ async def shared_bench(founded: Layout, tmp_path_factory: pytest.TempPathFactory
     """One stack for a file of tests: each has a job and datasets of its own, and leaves nothing behind."""
     folder = tmp_path_factory.mktemp("faults")
     orders = Orders(folder / "orders")
-    stack = LocalStack(copy_of(founded, folder / "stack"), overrides=OVERRIDES, commands=orders.commands())
+    stack = LocalStack(
+        copy_of(founded, folder / "stack"),
+        overrides=OVERRIDES,
+        commands=orders.commands(),
+        max_store_bytes=STORE_BYTES,
+    )
     async with running_bench(stack, orders) as bench:
         yield bench
 

@@ -7,34 +7,46 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import casemate as cm
 import nats.errors
+import nats.js.errors
 import numpy as np
+import pytest
 from casemate.client import Consortium
+from casemate.identity import load_keys
 from casemate.jobs import Job
+from casemate.local_stack.layout import Layout
 from casemate.local_stack.supervisor import LocalStack
 from casemate.results import Result
 from casemate_key_broker import audit_log, ledger
 from casemate_key_broker.database import Database
-from casemate_messaging.connection import connect
+from casemate_messaging.blobs import CHUNK_BYTES, BlobStore
+from casemate_messaging.connection import REQUEST_TIMEOUT_S, connect
+from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
-from casemate_schemas.codec import decode
-from casemate_schemas.errors import CasemateError
+from casemate_schemas import subjects
+from casemate_schemas.codec import decode, encode
+from casemate_schemas.envelope import open_head
+from casemate_schemas.errors import CasemateError, IntegrityError, NotFoundError, SealError, UnavailableError
 from casemate_schemas.grant import AuditEntry
 from casemate_schemas.job_state import TERMINAL, JobEvent, JobRecord
 from casemate_schemas.requests import Budget
 from casemate_schemas.result import Release
+from casemate_schemas.sealing import unseal_content_key, unseal_key
 from casemate_schemas.signatures import Signed
 from nats.aio.client import Client
+from support.byzantine import ByzantineProxy, byzantine
 from support.stack import (
     DELTA,
     EPSILON_PER_JOB,
@@ -56,6 +68,8 @@ STEPS: Final = 12
 CHECKPOINT_EVERY_STEPS: Final = 5
 POLL_S: Final = 0.02
 PATIENCE_S: Final = 60.0
+STORE_BYTES: Final = 96 << 20
+"""Room for all that nats-server stores; 64 MiB of it are reserved for nonces."""
 ACK_WAIT_S: Final = 3.0
 LAUNCHER: Final = Path(__file__).parents[1] / "faults" / "launcher.py"
 
@@ -130,6 +144,14 @@ class Orders:
             yield
         finally:
             order.unlink(missing_ok=True)
+
+    def let_go(self, point: str, who: str = "anyone") -> None:
+        """Nobody waits at ``point`` any more."""
+        (self._folder / f"hold@{who}@{point}").unlink(missing_ok=True)
+
+    def skew(self, program: str, ahead_ms: int) -> None:
+        """The program's clock is wrong from its next start until the next one after :meth:`forget`."""
+        (self._folder / f"skew@{program}").write_text(str(ahead_ms))
 
     def keep_away(self, worker: str) -> None:
         """Should the worker die, it does not come back before :meth:`forget`."""
@@ -230,7 +252,12 @@ class Bench:
         return name
 
     async def submit(
-        self, *, net: nn.Module | None = None, dataset: str | None = None, job_id: str | None = None
+        self,
+        *,
+        net: nn.Module | None = None,
+        dataset: str | None = None,
+        job_id: str | None = None,
+        deadline_s: float = 24 * 3600,
     ) -> Run:
         """A small training job on both owners' newest datasets, followed from the start."""
         dataset = dataset or await self.new_dataset()
@@ -245,10 +272,20 @@ class Bench:
             purpose=PURPOSE,
             checkpoint_every_steps=CHECKPOINT_EVERY_STEPS,
             job_id=job_id,
+            deadline_s=deadline_s,
         )
+        return self.follow(job, dataset)
+
+    def follow(self, job: Job, dataset: str) -> Run:
+        """A job that was submitted by other means."""
         run = Run(job, dataset).collect()
         self._runs.append(run)
         return run
+
+    async def lose_ciphertext(self, envelope: bytes) -> None:
+        """The store has the envelope's head, and of its ciphertext nothing any more."""
+        head = (await EnvelopeStore(self.host, BlobStore(self.host)).head(envelope)).head
+        await BlobStore(self.host, may_purge=True).delete(head.header.ciphertext_digest)
 
     def first_step(self, run: Run, attempt: int) -> int:
         """The first step that attempt told of."""
@@ -290,6 +327,32 @@ class Bench:
             return False
 
         await until(replaced)
+
+    @contextlib.contextmanager
+    def paused(self, program: str) -> Iterator[int]:
+        """SIGSTOP until the block ends; gives the process id."""
+        pid = self.pid(program)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    @contextlib.asynccontextmanager
+    async def full_disk(self) -> AsyncIterator[None]:
+        """nats-server stores nothing more, of whatever kind, until the block ends: it then has room again."""
+        js, subject = (
+            self.host.jetstream(timeout=REQUEST_TIMEOUT_S),
+            subjects.blob_chunk("0" * 64, secrets.token_hex(16)),
+        )
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                with contextlib.suppress(nats.js.errors.APIError):
+                    while True:
+                        await asyncio.gather(*(js.publish(subject, bytes(CHUNK_BYTES)) for _ in range(16)))
+            yield
+        finally:
+            await js.purge_stream(subjects.BLOB_STREAM, subject=subject)
 
     def go_on(self, program: str) -> None:
         """SIGCONT."""
@@ -343,6 +406,106 @@ class Bench:
             assert [entry.result for entry in audited if entry.event == "committed"] == [digest], name
             assert any(entry.event == "granted" for entry in audited), name
         return result
+
+    async def check_invariants(self, runs: Sequence[Run], *, hostile: bool = False) -> Counter[str]:
+        """What must hold of jobs that have settled, whatever happened meanwhile; how many ended in which state.
+
+        1. No submit that was acknowledged is lost: each job has its record, which says how it ended. Where NATS itself was
+           ``hostile`` the record may be destroyed: then it is taken for nothing else, and counts as ``broken``.
+        2. Nobody was told of any other end.
+        3. The scientist opens the one result of each sealed job, verified, and none of any other.
+        4. Each key broker's ledger and audit log verify, hold one charge of the job's terms at most, and one commit, of this
+           result; of a sealed job all hold both.
+        5. Nobody but the recipient opens a released result, and nobody at all a result that was uploaded and not released.
+        """
+        found = Counter[str]()
+        for run in runs:
+            record = await self._record_unless_broken(run) if hostile else await self.record(run)  # 1
+            state = "broken" if record is None else record.state
+            assert state in (*TERMINAL, "broken"), (run.job.id, state)
+            if not hostile:  # 2
+                assert {event.state for event in run.events if event.state in TERMINAL} <= {state}, run.job.id
+            digest = self.released(record) if record is not None and state == "sealed" else None
+            if not await self._check_readable(run, digest, hostile=hostile):  # 3
+                digest, state = None, "broken"
+            self._check_booked(run, digest)  # 4
+            found[state] += 1
+        await self._check_sealed_from_others()  # 5
+        return found
+
+    async def settled(self, runs: Sequence[Run], patience_s: float = PATIENCE_S) -> None:
+        """Waits until every one has ended, or has a record that nobody can read."""
+        waiting = list(runs)
+        async with asyncio.timeout(patience_s):
+            while waiting:
+                run = waiting[-1]
+                with contextlib.suppress(UnavailableError):
+                    record = await self._record_unless_broken(run)
+                    if record is None or record.state in TERMINAL:
+                        waiting.pop()
+                        continue
+                await asyncio.sleep(POLL_S)
+
+    async def _record_unless_broken(self, run: Run) -> JobRecord | None:
+        """The record, if it is the one of what was submitted."""
+        try:
+            record = await self.record(run)
+        except (IntegrityError, NotFoundError):
+            return None
+        known = self.scientist._session.state.job(run.job.id)
+        assert known is not None
+        return record if record.routing == encode(known.submission.routing) else None
+
+    async def _check_readable(self, run: Run, digest: bytes | None, *, hostile: bool) -> bool:
+        """That the scientist opens this very result, or none. False where none opens of what was garbled after its release."""
+        if digest is None:
+            with pytest.raises(CasemateError):
+                await run.job.result()
+            return True
+        try:
+            result = await run.job.result()
+        except CasemateError:
+            if not hostile:
+                raise
+            return False
+        assert result.job_id == run.job.id and result.bundle.release.peek(Release).result == digest
+        assert all(np.isfinite(array).all() for array in result.arrays.values())
+        return True
+
+    def _check_booked(self, run: Run, digest: bytes | None) -> None:
+        known = self.scientist._session.state.job(run.job.id)
+        assert known is not None
+        for name in MEMBERS:
+            booked, audited = self.books(name, known.terms.digest)
+            charge = "reserve" if name in OWNERS else "release"
+            committed = {entry.result for entry in audited if entry.event == "committed"}
+            assert booked in ([], [charge], [charge, "commit"]), (run.job.id, name, booked)
+            assert len(committed) <= 1, (run.job.id, name)
+            if digest is not None:
+                assert (booked, committed) == ([charge, "commit"], {digest}), (run.job.id, name)
+
+    async def _check_sealed_from_others(self) -> None:
+        """By the store as whoever runs NATS sees it."""
+        layout = self.stack.layout
+        people = {person: load_keys(layout.person_keys(person)).sealing for person in layout.read_facts().people}
+        releases = {
+            release.result: release
+            async for record, _ in self.records.list(lambda *_: None)
+            if record.release is not None and (release := decode(Signed, record.release).peek(Release))
+        }
+        async for digest, stored in EnvelopeStore(self.host, BlobStore(self.host)).heads():
+            try:
+                head = open_head(stored.data)
+            except CasemateError:
+                continue  # garbled on its way into the store: nobody opens that
+            if head.header.preamble.kind != "result":
+                continue
+            for person, key in people.items():
+                with pytest.raises(SealError):
+                    unseal_content_key(head, key)
+                for sealed in releases[digest].sealed_keys if digest in releases and person != SCIENTIST else ():
+                    with pytest.raises(SealError):
+                        unseal_key(sealed, head.header, key)
 
     async def budget(self, run: Run, owner: str) -> Budget:
         """What the owner's steward sees of this run's dataset."""
@@ -413,3 +576,19 @@ async def running_bench(stack: LocalStack, orders: Orders) -> AsyncIterator[Benc
             yield Bench(stack, orders, scientist, host)
         finally:
             await host.close()
+
+
+@contextlib.asynccontextmanager
+async def through(
+    seed: str, layout: Layout, orders: Orders, *, rate: float = 0.05
+) -> AsyncIterator[tuple[LocalStack, ByzantineProxy]]:
+    """A stack, not started, whose programs know NATS by the address of a proxy, which is honest until it is told not to be."""
+
+    def upstream() -> int:
+        return int(stack.nats.url.rpartition(":")[2])
+
+    async with byzantine(seed, upstream, rate=rate) as proxy:
+        told = {"nats_url": proxy.url}
+        overrides = {name: {**OVERRIDES.get(name, {}), **told} for name in ("gateway", *WORKERS, *MEMBERS)}
+        stack = LocalStack(layout, overrides=overrides, commands=orders.commands(), max_store_bytes=STORE_BYTES)
+        yield stack, proxy

@@ -74,6 +74,7 @@ class Edits:
     trained_grants: Edit[tuple[Signed, ...]] = unchanged
     statement: Edit[PrivacyStatement] = unchanged
     manifest: Edit[ResultManifest] = unchanged
+    weights: Edit[bytes] = unchanged
     receipt: Edit[CommitReceipt] = unchanged
     receipts: Edit[tuple[Signed, ...]] = unchanged
     audit_entry: Edit[AuditEntry] = unchanged
@@ -280,7 +281,9 @@ class World:
             isolation="none: a test",
             finished=self.now + 4000,
         )
-        plaintext = pack_sections({"manifest": encode(edits.manifest(manifest)), "weights": write_tensors(WEIGHTS)})
+        plaintext = pack_sections(
+            {"manifest": encode(edits.manifest(manifest)), "weights": edits.weights(write_tensors(WEIGHTS))}
+        )
         signer = edits.result_signer or trainer.keys.signing
         consortium = edits.envelope_consortium or self.consortium.id
         sealer = EnvelopeSealer("result", consortium=consortium, sender=signer.public, created=self.now)

@@ -35,9 +35,13 @@ _DAY_MS = 24 * 3600 * 1000
 @pytest.fixture(scope="session")
 def founded(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """A founded consortium, never started: making the simulated chip's keys takes seconds, copying them nothing."""
+    return found_in(tmp_path_factory.mktemp("founded") / "stack")
+
+
+def found_in(folder: Path) -> Layout:
+    """A new consortium of two owners and a university, with two workers."""
     people: dict[str, tuple[Any, ...]] = {f"sam@{owner}": ("steward",) for owner in OWNERS}
     people[SCIENTIST] = ("scientist",)
-    folder = tmp_path_factory.mktemp("founded") / "stack"
     return found(folder, members=MEMBERS, people=people, workers=len(WORKERS))
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
+import mpmath
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -62,6 +64,63 @@ def normals(seed: bytes, step: int, count: int) -> np.ndarray:
     return np.array(values[:count])
 
 
+def discrete_normals(seed: bytes, step: int, count: int, strip_bits: int = 26) -> list[int]:
+    """The integers of the step's exact noise, of deviation ``2**(strip_bits + 5)``, for up to 2^16 coordinates."""
+    stream = iter(words(seed, "noise", step, 16 * count + 1000))
+
+    def uniform_is_below(bound: Fraction) -> bool:
+        drawn = Fraction(next(stream), 2**64)
+        if math.floor(bound * 2**64) != drawn * 2**64:
+            return drawn < bound
+        rest = (bound - drawn) * 2**64
+        return rest > 0 and uniform_is_below(rest)
+
+    found: dict[int, int] = {}
+    while len(found) < count:
+        missing = [place for place in range(count) if place not in found]
+        strips = [_strip(next(stream), stream) for _ in missing]
+        placed = [next(stream) for _ in missing]
+        exponents = []
+        for strip, word in zip(strips, placed, strict=True):
+            value, start = (strip << strip_bits) + word % (1 << strip_bits), strip << strip_bits
+            exponents.append(Fraction(value**2 - start**2, 2 ** (2 * strip_bits + 11)))
+        turn, undecided, stays = 1, list(range(len(missing))), set()
+        while undecided:
+            below = [i for i in undecided if uniform_is_below(exponents[i] / turn)]
+            stays |= (set(undecided) - set(below)) if turn % 2 else set()
+            undecided, turn = below, turn + 1
+        for i in sorted(stays):
+            magnitude = (strips[i] << strip_bits) + placed[i] % (1 << strip_bits)
+            if magnitude or placed[i] < 2**63:
+                found[missing[i]] = -magnitude if placed[i] >= 2**63 else magnitude
+    return [found[place] for place in range(count)]
+
+
+def _strip(word: int, stream: Iterator[int]) -> int:
+    thresholds = _thresholds()
+    if all(threshold >> 448 != word for threshold in thresholds):
+        return sum(threshold >> 448 < word for threshold in thresholds)
+    for _ in range(7):
+        word = (word << 64) + next(stream)
+    return sum(threshold <= word for threshold in thresholds)
+
+
+@cache
+def _thresholds() -> list[int]:
+    """Between strips, as 512-bit numbers."""
+    with mpmath.workprec(2000):
+        weights = [mpmath.exp(-(mpmath.mpf(i) ** 2) / 2048) for i in range(1024)]
+        total = mpmath.fsum(weights)
+        return [int(mpmath.floor(mpmath.fsum(weights[: i + 1]) / total * 2**512)) for i in range(1023)]
+
+
+def norm_left_by_float32_sums(clipping_norm: float, expected_batch: float) -> float:
+    """What records are clipped to where the engine sums in float32: docs/dp-engine.md, "What is certified"."""
+    most = math.ceil(expected_batch + 6 * math.sqrt(expected_batch)) + 16
+    shares = [2 * (size + 13) * most / 2**24 * (1 + 2**-10) for size in (64, 32, 16, 8)]
+    return clipping_norm * (1 - next((share for share in shares if share <= 2**-8), 0.0))
+
+
 def train(
     weights: Weights,
     gradient: Gradient,
@@ -79,6 +138,7 @@ def train(
     weights = [w.astype(np.float64) for w in weights]
     velocity = [np.zeros_like(w) for w in weights]
     deviation = noise_multiplier * clipping_norm
+    left = norm_left_by_float32_sums(clipping_norm, expected_batch)
     grid = 2.0 ** (math.floor(math.log2(deviation)) - 16)
     for step in range(steps):
         total = np.zeros(sum(w.size for w in weights))
@@ -86,7 +146,7 @@ def train(
             for i in sampled(seed, owner, step):
                 pieces = gradient(weights, owner.features[i], owner.targets[i])
                 row = np.concatenate([piece.ravel() for piece in pieces])
-                total += row * min(1.0, clipping_norm / max(float(np.linalg.norm(row)), 1e-300))
+                total += row * min(1.0, left / max(float(np.linalg.norm(row)), 1e-300))
         noisy = np.rint((total + deviation * normals(seed, step, total.size)) / grid) * grid / expected_batch
         start = 0
         for w, v in zip(weights, velocity, strict=True):

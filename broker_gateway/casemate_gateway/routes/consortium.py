@@ -20,7 +20,7 @@ MAX_SIGNED_MANIFEST_BYTES: Final = MAX_MANIFEST_BYTES + (64 << 10)
 
 
 async def show(request: web.Request) -> web.Response:
-    """``GET /v1/consortium``, unsigned."""
+    """``GET /v1/consortium``: all manifests there are, for anyone."""
     return web.Response(body=gateway_of(request).manifests.encoded, content_type=MEDIA_TYPE)
 
 

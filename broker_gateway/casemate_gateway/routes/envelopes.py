@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from aiohttp import web
 from casemate_schemas.api import EnvelopeStored
 from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, head_bytes, open_head
-from casemate_schemas.errors import AuthorisationError, MalformedError, NotFoundError, TooLargeError
+from casemate_schemas.errors import AuthorisationError, CasemateError, MalformedError, NotFoundError, TooLargeError
 from casemate_schemas.identity import Role
 
 from casemate_gateway.authentication import Person
@@ -19,12 +21,13 @@ _SENDERS: Final[dict[str, Role]] = {"dataset": "steward", "job": "scientist"}
 
 
 async def store(request: web.Request) -> web.Response:
-    """``POST /v1/envelopes``.
+    """``POST /v1/envelopes``: an envelope in one request.
 
     1. The sender is a person of the consortium; the size is within bounds before anything is read.
     2. The head is whole, signed by that very person, of a kind that people upload and of this consortium.
     3. The size announced in HTTP, the size in the header and the bytes that come agree.
-    4. The ciphertext streams into the store, which shows it only if it has the header's digest; the last piece reaches
+    4. The member may store that much more.
+    5. The ciphertext streams into the store, which shows it only if it has the header's digest; the last piece reaches
        the store only if the whole body has the signed content digest.
     """
     gateway = gateway_of(request)
@@ -36,13 +39,28 @@ async def store(request: web.Request) -> web.Response:
         head = check_head(gateway, person, signed_head)
         total = _check_size(gateway, body, head, PREFIX_BYTES + head_length)
         rest = body.rest(head.header.ciphertext_bytes)
-        new = await gateway.envelopes.put(signed_head, rest)
+        async with _counted(gateway, person, head, total):
+            new = await gateway.envelopes.put(signed_head, rest)
         await gateway.check_kept(head.header.digest, head.header.ciphertext_digest)
         async for _ in rest:  # the ciphertext was there already, but the request must be what was signed
             pass
     gateway.log.info("stored", envelope=head.header.digest.hex(), bytes=total, member=person.member)
     stored = EnvelopeStored(envelope=head.header.digest.hex(), bytes=total)
     return web.json_response(text=stored.model_dump_json(), status=201 if new else 200)
+
+
+@contextlib.asynccontextmanager
+async def _counted(gateway: Gateway, person: Person, head: EnvelopeHead, size: int) -> AsyncGenerator[None]:
+    """An envelope counts as the member's from before it is stored, and no longer if it is not."""
+    name = head.header.digest.hex()
+    await gateway.quotas.envelope(person.member, name, size)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(CasemateError):
+            await gateway.quotas.given_up(person.member, name)
+        raise
+    await gateway.quotas.kept(person.member, name, size)
 
 
 async def remove(request: web.Request) -> web.Response:
@@ -52,12 +70,13 @@ async def remove(request: web.Request) -> web.Response:
     3. The head goes first, so that nobody finds what is being removed.
     """
     gateway = gateway_of(request)
-    person, _ = await gateway.authenticate(request)
+    person = await gateway.authenticate_empty(request)
     stored = await gateway.envelopes.head(_digest(request.match_info["digest"]))  # 1
     preamble = stored.head.header.preamble
     if preamble.kind != "dataset" or preamble.sender != person.signing_key:  # 2
         raise AuthorisationError("only whoever uploaded a dataset may remove it")
     await gateway.envelopes.delete(stored)  # 3
+    await gateway.quotas.given_up(person.member, stored.head.header.digest.hex())
     gateway.log.info("removed", envelope=stored.head.header.digest.hex(), member=person.member)
     return web.Response(status=204)
 

@@ -43,14 +43,15 @@ from casemate_gateway.tasks import end
 
 
 async def submit(request: web.Request) -> web.Response:
-    """``POST /v1/jobs``.
+    """``POST /v1/jobs``: a job, for key brokers to admit and workers to run.
 
     1. The submission holds a delegation of the person who posts it, and their routing header for this consortium.
     2. A job that is there already is shown, if it is this very one.
     3. Times, key brokers and roles are what they may be.
     4. The job envelope is stored, and from the same person.
     5. The terms envelope is whole, from that person too, and sealed to exactly the key brokers concerned.
-    6. The submission is stored, then the record created, once. What the record refers to was not removed meanwhile.
+    6. The member may have one more job.
+    7. The submission is stored, then the record created, once. What the record refers to was not removed meanwhile.
        Admission goes on from there.
     """
     gateway = gateway_of(request)
@@ -62,9 +63,11 @@ async def submit(request: web.Request) -> web.Response:
     _check_routing(gateway, submitter, routing)
     await _check_job_envelope(gateway, person, routing)
     _check_terms_envelope(gateway, person, routing, submission.terms_envelope)
-    digest = await _store(gateway, encode(submission))
-    record = _record(gateway, submission, routing, digest)
-    stored, revision, new = await gateway.transitions.create(record)
+    async with gateway.quotas.job(person.member):
+        digest = await _store(gateway, encode(submission))
+        record = _record(gateway, submission, routing, digest)
+        stored, revision, new = await gateway.transitions.create(record)
+        gateway.dispatcher.see(stored)
     if not new and stored.routing != record.routing:
         raise _key_reused()
     await _check_kept(gateway, stored)
@@ -88,11 +91,15 @@ async def listing(request: web.Request) -> web.Response:
     gateway = gateway_of(request)
     person = await gateway.authenticate_empty(request)
     newest: list[tuple[int, str, Job]] = []
-    async for record, _ in gateway.jobs.list():
+
+    def broken(job_id: str, error: CasemateError) -> None:
+        gateway.log.error("record_broken", job_id=job_id, reason=error.reason)
+
+    async for record, _ in gateway.jobs.list(broken):
         try:
             job = gateway.records.open(record)
         except CasemateError as error:
-            gateway.log.error("record_broken", job_id=record.job_id, reason=error.reason)
+            broken(record.job_id, error)
             continue
         if job.submitter.member == person.member:
             push = heapq.heappush if len(newest) < gateway.settings.max_jobs_listed else heapq.heappushpop

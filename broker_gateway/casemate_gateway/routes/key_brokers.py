@@ -10,8 +10,9 @@ from casemate_schemas import subjects
 from casemate_schemas.api import JOB_HEADER, MEDIA_TYPE
 from casemate_schemas.consortium import KeyBroker
 from casemate_schemas.envelope import open_head, split_envelope
-from casemate_schemas.errors import AuthorisationError, ManifestError, NotFoundError
+from casemate_schemas.errors import AuthorisationError, ManifestError, NotFoundError, UnavailableError
 from casemate_schemas.keys import sealing_key_id
+from nats.errors import NoRespondersError
 
 from casemate_gateway.authentication import Person
 from casemate_gateway.gateway import Gateway, gateway_of
@@ -46,7 +47,12 @@ async def evidence(request: web.Request) -> web.Response:
     _, body = await gateway.authenticate(request)
     payload = await body.whole(MAX_EVIDENCE_REQUEST_BYTES)
     subject = subjects.key_broker_op(request.match_info["key_broker"], "evidence")
-    answer = await call(gateway.client, subject, payload, gateway.settings.key_broker_timeout_s)
+    try:
+        answer = await call(gateway.client, subject, payload, gateway.settings.key_broker_timeout_s)
+    except UnavailableError as error:
+        if isinstance(error.__cause__, NoRespondersError):  # a listed one is away, another one is not there
+            _key_broker(gateway, request.match_info["key_broker"])
+        raise
     return web.Response(body=answer, content_type=MEDIA_TYPE)
 
 

@@ -37,6 +37,7 @@ from casemate_schemas.errors import (
     ConflictError,
     MalformedError,
     NotFoundError,
+    QuotaError,
     SealError,
     ThrottledError,
     TooLargeError,
@@ -50,7 +51,7 @@ from casemate_gateway.routes.envelopes import check_head
 EXTENSIONS: Final = "creation,creation-with-upload,expiration,checksum,termination"
 _NUMBER: Final = re.compile(r"[0-9]{1,18}")
 _RETRY_S: Final = 60.0
-_FRAMING_BYTES: Final = PREFIX_BYTES + MAX_HEAD_BYTES
+FRAMING_BYTES: Final = PREFIX_BYTES + MAX_HEAD_BYTES
 
 
 async def options(request: web.Request) -> web.Response:
@@ -67,11 +68,12 @@ async def options(request: web.Request) -> web.Response:
 
 
 async def create(request: web.Request) -> web.Response:
-    """``POST /v1/uploads``: begins an upload, or tells how far it has got; 200 with :class:`EnvelopeStored` if it is done.
+    """``POST /v1/uploads``: begins an upload, or tells how far it has got; 200 if the envelope is stored.
 
     1. The size is within bounds before anything is read. The body is all that precedes the ciphertext.
     2. The head is signed by that very person, of a kind that people upload and of this consortium; sizes agree.
     3. All that the member's people have begun stays within the member's bound.
+    4. So does all that they have stored, this envelope included.
     """
     gateway = gateway_of(request)
     person, body = await _authenticate(request)
@@ -81,7 +83,7 @@ async def create(request: web.Request) -> web.Response:
             f"expected an envelope of at most {gateway.settings.max_envelope_bytes} bytes, got {length}"
         )
     _check_media_type(request)
-    signed_head, ciphertext = split_envelope(await body.whole(_FRAMING_BYTES), max_bytes=_FRAMING_BYTES)
+    signed_head, ciphertext = split_envelope(await body.whole(FRAMING_BYTES), max_bytes=FRAMING_BYTES)
     head = check_head(gateway, person, bytes(signed_head))  # 2
     if len(ciphertext) or length != PREFIX_BYTES + len(signed_head) + head.header.ciphertext_bytes:
         raise MalformedError("expected all that precedes the ciphertext, and the envelope's size as its header has it")
@@ -99,7 +101,8 @@ async def create(request: web.Request) -> web.Response:
         created=now,
         expires=_expiry(gateway),
     )
-    state = await _begun(gateway, state)
+    state = await _begun(gateway, state)  # 3
+    await _count(gateway, state)  # 4
     headers = {"Location": f"{UPLOADS_PATH}/{state.envelope}", **_progress(state)}
     return web.Response(status=201, headers=headers)
 
@@ -146,6 +149,7 @@ async def remove(request: web.Request) -> web.Response:
     await body.whole(0)
     state, revision = await _mine(gateway, person, request)
     await gateway.unfinished.give_up(state, revision)
+    await gateway.quotas.given_up(person.member, state.envelope)
     return web.Response(status=204)
 
 
@@ -178,6 +182,16 @@ async def _begun(gateway: Gateway, state: UploadState) -> UploadState:
         return state
     known, _ = await gateway.unfinished.get(state.member, state.envelope)
     return known
+
+
+async def _count(gateway: Gateway, state: UploadState) -> None:
+    """Counts the envelope as stored. If there is no room for it, the upload has not begun."""
+    try:
+        await gateway.quotas.envelope(state.member, state.envelope, _framing(state) + state.size)
+    except QuotaError:
+        with suppress(ConflictError, NotFoundError):
+            await gateway.unfinished.give_up(*await gateway.unfinished.get(state.member, state.envelope))
+        raise
 
 
 async def _mine(gateway: Gateway, person: Person, request: web.Request) -> tuple[UploadState, int]:
@@ -229,8 +243,10 @@ async def _finish(gateway: Gateway, person: Person, state: UploadState, revision
         new = await gateway.unfinished.finish(state)
     except SealError:
         await gateway.unfinished.give_up(state, revision)
+        await gateway.quotas.given_up(state.member, state.envelope)
         raise
     await gateway.envelopes.put_head(state.signed_head)
+    await gateway.quotas.kept(state.member, state.envelope, _framing(state) + state.size)
     if not new:
         await gateway.check_kept(bytes.fromhex(state.envelope), state.digest)
     with suppress(ConflictError):  # somebody else has sent the same at the same time

@@ -5,13 +5,14 @@ gradient or the numbers whose products are its gradient (:mod:`.uses`). That vec
 times a float64 factor.
 
 **Sensitivity.** The exact L2 norm of factor times vector never exceeds C (:func:`clip_factors`); a record whose loss or
-vector is not finite adds nothing. Factors are applied and records summed in float64 throughout: no float32 sum runs over
-records, so no share of C has to be set aside for one. Two things are outside that statement:
+vector is not finite adds nothing. Sums over records are float64, or float32 over blocks of records with so much of C left
+out of the clipping norm that errors, which are bounded, are inside C (:mod:`.blocks`). Two things are outside that
+statement:
 
 - float64 rounds the sum over ``n`` records. Where gradients are formed, by less than ``2n²C·2^-53``. Where they are not
   and a layer was used at ``t`` positions, by less than ``2n²tM·2^-53``, ``M`` being the largest ``factor·Σ_t‖a_t‖‖g_t‖``:
   a few C for ordinary records, and never above 2^16·C. With 1,024 hostile records of 64 positions each that is 2^-10 C
-  at worst, and 2^-26 C for ordinary ones;
+  at worst, and 2^-26 C for ordinary ones. Under ``exact`` noise C is less by as much (:mod:`casemate_privacy.rounding`);
 - the float32 kernels behind a batch may round *other* records' activations and gradients differently, by about 2^-23
   of each, when the batch has another size.
 """
@@ -23,12 +24,16 @@ from itertools import accumulate
 from typing import Final, Literal, Protocol
 
 import torch
-from casemate_schemas.errors import ModelError
+import torch.nn.functional as F
+from casemate_schemas.errors import ModelError, ParameterError
 from torch import Tensor, nn
 
+from .blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products
 from .choosing import measured_strategy
-from .uses import Strategy, Term, Use, cheaper_by_count, operations
-from .watching import Book, Watch
+from .dense import Dense, dense_of
+from .uses import ConvUse, Instantiated, LinearUse, RankOne, RowsUse, Strategy, Term, Use, cheaper_by_count, operations
+from .watched import Book
+from .watching import Watch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[n, ...]`` and targets ``[n, ...]`` to per-example losses ``[n]``."""
@@ -64,9 +69,9 @@ def clip_factors(
     So the root of the sum of both, times ``1 + (elements + 8)·2^-52``, is an upper bound on the true norm that also
     absorbs the rounding of this product and of the quotient C / bound. Where the bound is at most C, the factor is 1.
     """
-    bounds = (squared_norms + slack).sqrt() * (1.0 + (elements + 8) * 2.0**-52)
-    factors = (clipping_norm / bounds).clamp(max=1.0)
-    return torch.where(usable & squared_norms.isfinite(), factors, 0.0)
+    bounds = (squared_norms + slack).sqrt_().mul_(1.0 + (elements + 8) * 2.0**-52)
+    factors = (clipping_norm / bounds).clamp_(max=1.0)  # NaN for NaN, 0 for infinity
+    return torch.where(usable, factors, 0.0).nan_to_num_(nan=0.0)
 
 
 class BookKeeping:
@@ -80,16 +85,39 @@ class BookKeeping:
     64 MiB. The model is trained in place and has no hooks afterwards.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, *, clipping_norm: float, max_physical_batch: int) -> None:
-        """For the trainable parameters of ``model``, with strategies of mode ``book_keeping`` until others are set."""
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        clipping_norm: float,
+        max_physical_batch: int,
+        uniform: bool = False,
+        expected_batch: float | None = None,
+    ) -> None:
+        """For the trainable parameters of ``model``, with strategies of mode ``book_keeping`` until others are set.
+
+        ``uniform``: call the same functions on the same shapes for any batch of one size, whatever the records hold.
+        ``expected_batch``, the public mean of Poisson batches, lets sums be float32 where that takes little of C
+        (:mod:`.blocks`); all are float64 without it. :class:`ParameterError` where PyTorch may shorten float32 products.
+        """
+        if torch.get_float32_matmul_precision() != "highest":
+            raise ParameterError("expected float32 products in float32: torch.set_float32_matmul_precision('highest')")
         self._model = model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
         *self._starts, self._size = accumulate((p.numel() for p in self._parameters), initial=0)
         self._watch = Watch(model, self._parameters)
+        self._dense = dense_of(model, {id(p): index for index, p in enumerate(self._parameters)})
+        self._by_hand: Dense | None = None
         self._loss = loss
-        self._clipping_norm = clipping_norm
+        self._uniform = uniform
+        self._blocks = None if expected_batch is None else blocks_for(expected_batch)
+        self.clipping_norm = clipping_norm
+        """The norm that no record's part exceeds."""
+        self.cancelling: dict[str, int] = {}
+        """How many products are summed for one record where ghost norms may cancel, by parameter; set by :meth:`choose`."""
         self._max_physical_batch = max_physical_batch
         self._strategies: dict[int, Strategy] = {}
         self._physical_batch = max_physical_batch
@@ -105,6 +133,8 @@ class BookKeeping:
         if not strategies.keys() <= set(self._names):
             raise ModelError("clipping strategies are not of this model's parameters")
         self._strategies = {self._names.index(name): strategy for name, strategy in strategies.items()}
+        ghosts = {index for index, strategy in self._strategies.items() if strategy == "ghost"}
+        self._by_hand = self._dense if self._dense is not None and ghosts.issuperset(self._dense.weights) else None
         formed = sum(4 * self._parameters[i].numel() for i, s in self._strategies.items() if s != "ghost")
         self._physical_batch = max(1, min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
 
@@ -113,25 +143,26 @@ class BookKeeping:
         book, _ = self._record(*records(1), lambda _index, _use: "ghost")
         if mode == "auto":
             book, _ = self._record(*records(self._trial_size(book)), lambda _index, _use: "ghost")
-        self.strategies = {self._names[i]: _choice(mode, uses) for i, uses in sorted(book.uses().items())}
+        found = sorted(book.uses().items())
+        self.cancelling = {self._names[i]: count for i, uses in found if (count := _products(uses)) > 1}
+        self.strategies = {self._names[i]: _choice(mode, uses, self._blocks) for i, uses in found}
 
     def _trial_size(self, book: Book) -> int:
         """As many records as a physical batch may have, if that takes little memory and time."""
         most = max(sum(operations(use) for use in uses) for uses in book.uses().values())
         return max(2, min(self._max_physical_batch, _TRIAL_RECORDS, _TRIAL_OPERATIONS // most))
 
-    def clipped_sum(self, features: Tensor, targets: Tensor) -> Tensor:
-        """See :meth:`Clipping.clipped_sum`."""
+    def clipped_sum(self, features: Tensor, targets: Tensor, in_all: int | None = None) -> Tensor:
+        """See :meth:`Clipping.clipped_sum`. Of ``in_all`` records a step, where that is more than these."""
+        blocks = self._blocks
+        if blocks is not None and (len(features) if in_all is None else in_all) > blocks.records:
+            blocks = None
         total = torch.zeros(self._size, dtype=torch.float64)
-        for start in range(0, len(features), self._physical_batch):
-            rows = slice(start, start + self._physical_batch)
-            book, losses = self._record(features[rows], targets[rows], self._strategy)
-            terms = book.terms()
-            squares, slack = _squared_norms(terms, losses.shape[0])
-            factors = clip_factors(
-                squares, slack, losses.isfinite(), elements=self._size, clipping_norm=self._clipping_norm
-            )
-            self._add_weighted(total, terms, factors)
+        size = self._physical_batch
+        pieces = zip(torch.split(features, size), torch.split(targets, size), strict=True)
+        for some, theirs in pieces if features.shape[0] else ():
+            terms, losses = self._terms(some, theirs)
+            self._add_weighted(total, terms, self._factors(terms, losses), blocks)
         return total
 
     def gradients(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,8 +170,8 @@ class BookKeeping:
 
         Float64 ``[n, d]`` and ``[n]``, and float32 ``[n]``; not clipped, and for small ``n``: one weighted sum each.
         """
-        book, losses = self._record(features, targets, self._strategy)
-        terms, n = book.terms(), len(features)
+        terms, losses = self._terms(features, targets)
+        n = len(features)
         rows = torch.zeros(n, self._size, dtype=torch.float64)
         squares, _ = _squared_norms(terms, n)
         for row, one in zip(rows, torch.eye(n, dtype=torch.float64), strict=True):
@@ -153,6 +184,13 @@ class BookKeeping:
         loss = self._loss(self._model(feature), target).sum()
         found = torch.autograd.grad(loss, self._parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in found])
+
+    def _terms(self, features: Tensor, targets: Tensor) -> tuple[dict[int, Term], Tensor]:
+        """What a batch used, in the quickest way there is for this model, and its losses."""
+        if self._by_hand is not None and self._by_hand.takes(features):
+            return self._by_hand.terms(features, targets, self._loss)
+        book, losses = self._record(features, targets, self._strategy)
+        return book.terms(), losses
 
     def _record(
         self, features: Tensor, targets: Tensor, strategy_of: Callable[[int, Use], Strategy]
@@ -169,14 +207,25 @@ class BookKeeping:
     def _strategy(self, index: int, use: Use) -> Strategy:
         return self._strategies.get(index) or cheaper_by_count(use)
 
-    def _add_weighted(self, total: Tensor, terms: Mapping[int, Term], factors: Tensor) -> None:
+    def _factors(self, terms: Mapping[int, Term], losses: Tensor) -> Tensor:
+        """Each record's: for C less what float32 sums need, whichever sums this batch gets, as neighbours may get others."""
+        squares, slack = _squared_norms(terms, losses.shape[0])
+        norm = self.clipping_norm if self._blocks is None else self.clipping_norm * (1.0 - self._blocks.room)
+        factors = clip_factors(squares, slack, losses.isfinite(), elements=self._size, clipping_norm=norm)
+        return factors if self._blocks is None else F.threshold(factors, LEAST_FACTOR, 0.0, inplace=True)
+
+    def _add_weighted(self, total: Tensor, terms: Mapping[int, Term], factors: Tensor, blocks: Blocks | None) -> None:
         """Zero times infinity is no zero: records of factor 0 are taken out before anything is multiplied."""
         dropped = factors == 0
-        any_dropped = bool(dropped.any())
-        for index, term in terms.items():
-            if any_dropped:
+        if self._uniform or bool(dropped.any()):
+            for term in terms.values():
                 term.drop(dropped)
-            term.add_weighted(self._coordinates(total, index, term), factors)
+        in_blocks = {i: t for i, t in terms.items() if blocks is not None and isinstance(t, Instantiated | RankOne)}
+        for index, term in terms.items():
+            if index not in in_blocks:
+                term.add_weighted(self._coordinates(total, index, term), factors)
+        if blocks is not None and in_blocks:
+            blocks.add(total, {self._starts[i]: term for i, term in in_blocks.items()}, factors.float())
 
     def _coordinates(self, total: Tensor, index: int, term: Term) -> Tensor:
         """Those that the term at ``index`` stands for."""
@@ -184,18 +233,23 @@ class BookKeeping:
 
 
 def _squared_norms(terms: Mapping[int, Term], count: int) -> tuple[Tensor, Tensor]:
-    squares, slack = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    for term in terms.values():
-        found, more = term.squared_norms()
-        squares += found
-        if more is not None:
-            slack += more
-    return squares, slack
+    found = [term.squared_norms() for term in terms.values() if not isinstance(term, RankOne)]
+    if outer := [term.factors for term in terms.values() if isinstance(term, RankOne)]:
+        found.append((upper_products(outer), None))
+    zeros = torch.zeros(count, dtype=torch.float64)
+    return sum((square for square, _ in found), zeros), sum((more for _, more in found if more is not None), zeros)
 
 
-def _choice(mode: Mode, uses: list[Use]) -> Strategy:
+def _products(uses: list[Use]) -> int:
+    """How many products of an activation and a gradient make up one record's gradient under ``ghost``."""
+    return sum(use.sizes()[1] for use in uses if isinstance(use, LinearUse | ConvUse))
+
+
+def _choice(mode: Mode, uses: list[Use], blocks: Blocks | None) -> Strategy:
+    if mode != "ghost" and any(isinstance(use, RowsUse) for use in uses):
+        return "per_sample"  # what comes formed has to be added to what else there is
     if mode == "auto":
-        return measured_strategy(uses)
+        return measured_strategy(uses, blocks)
     if mode == "book_keeping":
         return cheaper_by_count(uses[0])
     return mode

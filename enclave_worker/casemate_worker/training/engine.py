@@ -3,58 +3,48 @@
 One step: ``g = (Σ over owners, Σ over sampled records of clip(gradient) + N(0, σ²C²)) / expected batch``. The noise is
 drawn once for the joint sum, the denominator is public, the number of steps is fixed. For one owner this is the Gaussian
 mechanism with noise multiplier σ, Poisson-subsampled at that owner's rate, composed over the steps; neighbouring data
-sets differ by adding or removing one record. Only weights leave, and they depend on records through noised sums alone.
+sets differ by adding or removing one record. Where the unit is the subject, read "subject" for "record": each is drawn with
+all its records, and the gradient of their mean loss is clipped once (:mod:`.batches`). Only weights, and metrics with noise
+of their own, leave, and they depend on records through noised sums alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 import safetensors.torch
 import torch
 from casemate_models.losses import per_example_loss
 from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ParameterError, StateError
-from casemate_schemas.job import MAX_STEPS, Training
+from casemate_schemas.job import MAX_STEPS, Metrics, Training
+from casemate_schemas.metrics import MetricSums
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .clipping import BookKeeping, Mode
-from .noise import HardenedGaussian
-from .optimizers import build_optimizer, optimizer_slots
+from .augmentation import Augmenter, Views, mean_over_views
+from .averaging import WeightAverage
+from .batches import OwnerData, batches_of, known_classes, mean_over_present
+from .clipping import BookKeeping, Loss, Mode
+from .distributed import Alone, Group, inputs
+from .exact_noise import clip_for_grid
+from .flat import FlatParameters
+from .metrics import noisy_metrics
+from .noise import noise_mechanism
+from .optimizers import build_optimizer, move_weights, optimizer_slots
 from .probe import probe_model
-from .sampling import PoissonSampler
+from .schedules import ScheduledNoise
 from .uses import Strategy
 
+__all__ = ["OwnerData", "Trainer", "TrainingState"]
+
 _STATE_OVERHEAD_BYTES: Final = 1 << 20
-_NO_CLASS: Final = -100
-"""``cross_entropy`` of this target is zero, and so is its gradient (PyTorch's ``ignore_index``)."""
-
-
-@dataclass(frozen=True, eq=False)
-class OwnerData:
-    """One owner's records: ``features`` float32 ``[n, ...]`` and ``targets`` ``[n]``, sampled at ``sample_rate``.
-
-    Targets are int64 for ``cross_entropy`` and float32 else. ``owner`` is an id of its own in the job, which keys the
-    sampling: a dataset's id where an owner lends several. :class:`DatasetError` if the tensors do not fit together.
-    """
-
-    owner: str
-    features: Tensor = field(repr=False)
-    targets: Tensor = field(repr=False)
-    sample_rate: Fraction
-
-    def __post_init__(self) -> None:
-        if self.features.dtype != torch.float32 or self.features.dim() < 2:
-            raise DatasetError("expected float32 features with an axis for records and at least one more")
-        if self.targets.dim() != 1 or len(self.targets) != len(self.features):
-            raise DatasetError("expected one target for each record")
 
 
 class TrainingState(WireModel):
@@ -88,6 +78,8 @@ class Trainer:
         expected_batch: Fraction,
         seed: bytes,
         clipping: Mode = "auto",
+        observe: Callable[[Tensor], None] | None = None,
+        group: Group | None = None,
     ) -> None:
         """Check that everything fits together, touching no record, and stand before the first step.
 
@@ -98,34 +90,38 @@ class Trainer:
             expected_batch: the public denominator in records: Σ of rate times declared row bound, never a count.
             seed: the attempt's 32 bytes, from :func:`casemate_worker.key_schedule.attempt_seed`.
             clipping: how the clipped sum is computed; ways agree up to rounding.
+            observe: shown each step's noised sum, float64 ``[d]``, which is all that a step releases; for audits alone.
+            group: the processes that train this model together, each with the same arguments; see :mod:`.distributed`.
 
         Raises:
-            ParameterError: a rate, the denominator, the seed or the set of owners is out of range.
+            ParameterError: a rate, the denominator, the seed or the set of owners is out of range, or exact noise would
+                take too much of the clipping norm for rounding.
             DatasetError: owners' records differ in shape or type.
             ModelError: the model cannot be trained here; see :func:`~casemate_worker.training.probe.probe_model`.
         """
         if expected_batch <= 0:
             raise ParameterError("expected a positive expected batch")
-        self._owners = _sorted(owners)
+        owners = _sorted(owners)
         self._plan = plan
+        self._observe = observe
+        self._group = group or Alone()
+        self._seed = seed
         self._expected_batch = float(expected_batch)
-        self._samplers = [PoissonSampler(seed, data.owner, data.sample_rate) for data in self._owners]
-        self._noise = HardenedGaussian(seed, noise_multiplier=plan.noise_multiplier, clipping_norm=plan.clipping_norm)
+        self._noise = ScheduledNoise(plan.noise_phases, noise_mechanism(plan.mechanism, seed, plan.clipping_norm))
         self._model = model
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._size = sum(p.numel() for p in self._trainable.values())
-        self._clipping = BookKeeping(
-            model,
-            partial(per_example_loss, plan.loss),
-            clipping_norm=plan.clipping_norm,
-            max_physical_batch=plan.max_physical_batch,
-        )
-        first = self._owners[0]
-        outputs = probe_model(model, self._clipping, first.features, first.targets, clipping)
+        self._flat = FlatParameters(self._trainable)
+        self._size = self._flat.vector.numel()
+        self._views = None if plan.augmentation is None else Augmenter(seed, plan.augmentation, owners[0].features)
+        self._group.agree(inputs(plan, self._expected_batch, seed, owners, model))
+        self._clipping, outputs = self._checked_clipping(owners, clipping)
+        self._clipping.strategies = self._group.leader_strategies(self._clipping.strategies)
         if plan.loss == "cross_entropy":
-            self._owners = [_known(data, outputs.shape[1]) for data in self._owners]
-        self._optimizer = build_optimizer(plan.optimizer, self._trainable.values())
-        self._slots = optimizer_slots(plan.optimizer)
+            owners = [replace(data, targets=known_classes(data.targets, outputs.shape[-1])) for data in owners]
+        self._batches = batches_of(owners, seed, plan.padded_batch)
+        self._optimizer = build_optimizer(plan, [self._flat.vector], self._expected_batch)
+        self._slots = optimizer_slots(plan)
+        self._average = None if plan.averaging is None else WeightAverage(plan.averaging.decay, self._trainable)
         self._step = 0
 
     @property
@@ -150,11 +146,15 @@ class Trainer:
             raise StateError(f"all {self._plan.steps} steps are done")
         with _deterministic():
             self._noise.draw_ahead(self._step, self._size)
-            features, targets = self._sample()  # 1
-            total = self._clipping.clipped_sum(features, targets)  # 2
+            features, targets = self._batches.drawn(self._step)  # 1
+            total = self._clipped_sum(features, targets)  # 2
             noisy = self._noise.add(total, self._step)  # 3
+            if self._observe is not None:
+                self._observe(noisy)
             self._descend(noisy / self._expected_batch)  # 4
         self._step += 1
+        if self._average is not None:
+            self._average.update(self._step)
 
     def run(self, until: int | None = None, on_step: Callable[[int], None] | None = None) -> None:
         """Step until ``until`` steps are done (default: all); after each, call ``on_step`` with the number done."""
@@ -165,8 +165,17 @@ class Trainer:
                 on_step(self._step)
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the model's parameters and buffers, by name."""
-        return {name: tensor.detach().clone() for name, tensor in self._model.state_dict().items()}
+        """What is released: copies of the model's parameters and buffers, by name, or of their averages where there are any."""
+        averages = {} if self._average is None else self._average.tensors
+        return {
+            name: averages.get(name, tensor).detach().clone() for name, tensor in self._model.state_dict().items()
+        }
+
+    def metrics(self, plan: Metrics) -> MetricSums:
+        """What the weights to be released make of everyone's records, noised: see :mod:`.metrics`."""
+        model = partial(torch.func.functional_call, self._model, self.weights())
+        with _deterministic():
+            return noisy_metrics(model, self._batches, self._plan, plan, self._seed)
 
     def state(self) -> bytes:
         """Everything that :meth:`restore` needs, as a canonical :class:`TrainingState`. Confidential until released."""
@@ -181,7 +190,7 @@ class Trainer:
         Raises:
             MalformedError: not such a state: other bytes, tensors, shapes or types, or more steps than the plan has.
         """
-        largest = 5 * sum(t.nbytes for t in self._model.state_dict().values()) + _STATE_OVERHEAD_BYTES
+        largest = 6 * sum(t.nbytes for t in self._model.state_dict().values()) + _STATE_OVERHEAD_BYTES
         message = decode(TrainingState, state, max_bytes=largest)
         try:
             tensors = safetensors.torch.load(message.tensors)
@@ -192,33 +201,62 @@ class Trainer:
             raise MalformedError("training state is not of this plan and model")
         if message.clipping.keys() != self.clipping_strategies.keys():
             raise MalformedError("training state is not clipped like this model")
+        self._group.agree([state])
         self._clipping.strategies = message.clipping
         self._load(tensors)
         self._step = message.step
 
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """The step's records of all owners, in the order of owner ids."""
-        features, targets = [], []
-        for data, sampler in zip(self._owners, self._samplers, strict=True):
-            chosen = torch.from_numpy(sampler.indices(self._step, len(data.features)))
-            features.append(data.features[chosen])
-            targets.append(data.targets[chosen])
-        return torch.cat(features), torch.cat(targets)
+    def _checked_clipping(self, owners: Sequence[OwnerData], mode: Mode) -> tuple[BookKeeping, Tensor]:
+        """How this plan's gradients are clipped, proven on synthetic records, and the model's outputs for some."""
+        loss: Loss = partial(per_example_loss, self._plan.loss)
+        model, physical = self._model, self._plan.max_physical_batch
+        features, targets = owners[0].features[:0], owners[0].targets[:0]
+        if self._plan.padded_batch is not None or owners[0].subjects is not None:
+            width = max(data.unit_records or 1 for data in owners)
+            model, loss, physical = Views(model), mean_over_present(loss), max(1, physical // width)
+            features = features.new_empty(0, width, *features.shape[1:])
+        if self._views is not None:
+            model, loss, physical = Views(model), mean_over_views(loss), self._views.records_in(physical)
+            features, targets = next(self._views.batches(features, targets, 0, physical))
+        clipping = BookKeeping(
+            model,
+            loss,
+            clipping_norm=self._plan.clipping_norm,
+            max_physical_batch=physical,
+            uniform=self._plan.padded_batch is not None,
+            expected_batch=None if self._plan.mechanism == "exact" else self._expected_batch,
+        )
+        outputs = probe_model(model, clipping, features, targets, mode)
+        if self._plan.mechanism == "exact":
+            sigma = max(sigma for _, sigma in self._plan.noise_phases)
+            clip_for_grid(clipping, self._plan.clipping_norm, sigma, self._size, self._expected_batch)
+        return clipping, outputs
+
+    def _clipped_sum(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Over the step's records, or over their views."""
+        share = self._group.share
+        if self._views is None:
+            return self._group.summed(self._clipping.clipped_sum(share(features), share(targets), len(features)))
+        size = self._views.records_in(self._plan.max_physical_batch)
+        total = torch.zeros(self._size, dtype=torch.float64)
+        for views, labels in self._views.batches(features, targets, self._step, size):
+            total += self._clipping.clipped_sum(share(views), share(labels), len(features))
+        return self._group.summed(total)
 
     def _descend(self, gradient: Tensor) -> None:
-        """Hand each parameter its piece of ``gradient`` and let the optimiser move it."""
-        pieces = torch.split(gradient.float(), [p.numel() for p in self._trainable.values()])
-        for parameter, piece in zip(self._trainable.values(), pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        """Let the optimiser move the parameters along ``gradient``."""
+        self._flat.vector.grad = gradient.float()
+        move_weights(self._optimizer, self._plan, self._step)
+        self._flat.vector.grad = None
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"model/{name}": tensor for name, tensor in self._model.state_dict().items()}
-        for name, parameter in self._trainable.items():
-            for slot in self._slots if self._step else ():
-                found[f"optimizer/{slot}/{name}"] = self._optimizer.state[parameter][slot]
-        return found
+        for slot in self._slots if self._step else ():
+            kept = self._optimizer.state[self._flat.vector][slot]
+            pieces = dict.fromkeys(self._trainable, kept) if slot == "step" else self._flat.pieces(kept)
+            found |= {f"optimizer/{slot}/{name}": piece for name, piece in pieces.items()}
+        averages = {} if self._average is None else self._average.tensors
+        return found | {f"average/{name}": tensor for name, tensor in averages.items()}
 
     def _expected_tensors(self, step: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
         expected = {f"model/{name}": (t.shape, t.dtype) for name, t in self._model.state_dict().items()}
@@ -226,16 +264,21 @@ class Trainer:
             for slot in self._slots if step else ():
                 shape = torch.Size() if slot == "step" else parameter.shape
                 expected[f"optimizer/{slot}/{name}"] = (shape, torch.float32)
+            if self._average is not None:
+                expected[f"average/{name}"] = (parameter.shape, torch.float32)
         return expected
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         self._model.load_state_dict({name: tensors[f"model/{name}"] for name in self._model.state_dict()})
-        slots: dict[int, dict[str, Tensor]] = {}
-        if len(tensors) > len(self._model.state_dict()):
-            for index, name in enumerate(self._trainable):
-                slots[index] = {slot: tensors[f"optimizer/{slot}/{name}"] for slot in self._slots}
+        if self._average is not None:
+            self._average.tensors = {name: tensors[f"average/{name}"] for name in self._trainable}
+        slots: dict[str, Tensor] = {}
+        if any(name.startswith("optimizer/") for name in tensors):
+            for slot in self._slots:
+                pieces = {name: tensors[f"optimizer/{slot}/{name}"] for name in self._trainable}
+                slots[slot] = next(iter(pieces.values())) if slot == "step" else self._flat.joined(pieces)
         groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self._optimizer.load_state_dict({"state": {0: slots} if slots else {}, "param_groups": groups})
 
 
 def _sorted(owners: Sequence[OwnerData]) -> list[OwnerData]:
@@ -248,25 +291,21 @@ def _sorted(owners: Sequence[OwnerData]) -> list[OwnerData]:
     return sorted(owners, key=lambda data: data.owner)
 
 
-def _known(data: OwnerData, classes: int) -> OwnerData:
-    """``data`` with targets that the model has no output for replaced by the one that makes loss and gradient zero."""
-    known = (data.targets >= 0) & (data.targets < classes)
-    return replace(data, targets=torch.where(known, data.targets, _NO_CLASS))
-
-
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic algorithms, for as long as it lasts, without its filling of fresh memory."""
+    """PyTorch's deterministic algorithms, for as long as it lasts, without its filling of fresh memory.
+
+    The flags themselves: the public functions also tell the compiler each time, which a small network's step would feel.
+    """
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    settings: Any = torch.utils.deterministic
-    filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    settings.fill_uninitialized_memory = False
+    filled = torch._C._get_deterministic_fill_uninitialized_memory()
+    torch._C._set_deterministic_algorithms(True, warn_only=False)
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        settings.fill_uninitialized_memory = filled
+        torch._C._set_deterministic_algorithms(before, warn_only=warn_only)
+        torch._C._set_deterministic_fill_uninitialized_memory(filled)

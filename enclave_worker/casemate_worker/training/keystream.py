@@ -6,6 +6,8 @@ Byte for byte, so that another program can draw the same:
 
    - ``casemate/v1/training/sampling/<owner id>`` for one owner's sampling (the id in UTF-8),
    - ``casemate/v1/training/noise`` for the noise,
+   - ``casemate/v1/training/augmentation`` for views of records (:mod:`.augmentation`),
+   - ``casemate/v1/training/audit`` for an audit's coins (:mod:`casemate_worker.privacy_audit`),
    - ``casemate/v1/training/initialisation`` and ``casemate/v1/training/dropout``, reserved.
 
 2. The keystream of step ``t`` (from 0) is AES-256 in counter mode (NIST SP 800-38A) under ``key``, over zeros, its
@@ -19,6 +21,7 @@ touches the generators of Python, NumPy or PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -32,6 +35,9 @@ from casemate_worker.key_schedule import KEY_BYTES, derive_key
 
 NOISE: Final = "noise"
 """The label of the noise's keystream."""
+
+AUGMENTATION: Final = "augmentation"
+"""The label of the keystream that moves and mirrors views of records."""
 
 
 def sampling_label(owner: str) -> str:
@@ -50,6 +56,21 @@ class Keystream:
 
     def words(self, step: int, count: int) -> NDArray[np.uint64]:
         """The first ``count`` words of ``step``, uniform on 0 … 2^64 - 1 and independent of each other."""
+        return self.at(step).take(count)
+
+    def at(self, step: int) -> Words:
+        """The words of ``step`` from the first on, to be taken piece by piece."""
         first_block = step.to_bytes(8, "big") + bytes(8)
-        encryptor = Cipher(self._algorithm, CTR(first_block)).encryptor()
-        return np.frombuffer(encryptor.update(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)
+        return Words(Cipher(self._algorithm, CTR(first_block)).encryptor().update)
+
+
+class Words:
+    """Words of one step in their order."""
+
+    def __init__(self, encrypt: Callable[[bytes], bytes]) -> None:
+        """``encrypt`` goes on in the step's keystream."""
+        self._encrypt = encrypt
+
+    def take(self, count: int) -> NDArray[np.uint64]:
+        """The next ``count``."""
+        return np.frombuffer(self._encrypt(bytes(8 * count)), dtype="<u8").astype(np.uint64, copy=False)

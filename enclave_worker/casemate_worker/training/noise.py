@@ -1,4 +1,6 @@
-"""What is added to the clipped sum: the ``hardened`` Gaussian mechanism.
+"""What is added to the clipped sum: the two mechanisms a plan may name, and ``hardened``, the faster of them.
+
+``exact`` (:mod:`~casemate_worker.training.exact_noise`) has a proof where this one has an argument.
 
 Byte for byte, for a sum of ``d`` coordinates at step ``t``, noise multiplier σ and clipping norm C:
 
@@ -30,34 +32,57 @@ which another machine may make, moves the released sum by no more than it moved 
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from casemate_schemas.errors import ParameterError
+from casemate_schemas.job import Mechanism
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .ahead import Ahead
+from .exact_noise import ExactGaussian
 from .keystream import NOISE, Keystream
 
-_AHEAD_ELEMENTS: Final = 1 << 18
-_AHEAD_STEPS: Final = 32
+
+class Noise(Protocol):
+    """A noise mechanism, as the engine uses it. One draw a step serves the joint sum of all owners."""
+
+    def add(self, total: Tensor, step: int) -> Tensor:
+        """``total`` (float64, ``[d]``) with the noise of ``step``, on the public grid."""
+
+    def draw_ahead(self, step: int, count: int) -> None:
+        """Have the noise of ``step`` for ``count`` coordinates made by the time it is wanted."""
+
+
+def noise_mechanism(mechanism: Mechanism, seed: bytes, clipping_norm: float) -> Callable[[float], Noise]:
+    """What makes, of a noise multiplier, the mechanism that the plan names."""
+    chosen = ExactGaussian if mechanism == "exact" else HardenedGaussian
+    return lambda noise_multiplier: chosen(seed, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm)
 
 
 def standard_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     """As many standard normals as ``words``, an even number; see the module's docstring."""
-    radius = np.sqrt(-2.0 * np.log((words[0::2].astype(np.float64) + 1.0) * 2.0**-64))
-    angle = 2.0 * np.pi * ((words[1::2] >> np.uint64(11)).astype(np.float64) * 2.0**-53)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)
+    radius = words[0::2].astype(np.float64)
+    radius += 1.0
+    radius *= 2.0**-64
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle = (words[1::2] >> np.uint64(11)).astype(np.float64)
+    angle *= 2.0**-53
+    angle *= 2.0 * np.pi
+    normals = np.empty(len(words))
+    turned = torch.from_numpy(angle)
+    np.multiply(radius, turned.cos().numpy(), out=normals[0::2])
+    np.multiply(radius, turned.sin_().numpy(), out=normals[1::2])
+    return normals
 
 
 class HardenedGaussian:
-    """Adds Gaussian noise of standard deviation σC to each coordinate of a sum of L2 sensitivity C.
-
-    One draw a step serves the joint sum of all owners. It depends on nothing but the step, so the next steps' are made on
-    a thread of their own, while gradients are computed: the same draws, only earlier.
-    """
+    """Adds Gaussian noise of standard deviation σC to each coordinate of a sum of L2 sensitivity C."""
 
     def __init__(self, seed: bytes, *, noise_multiplier: float, clipping_norm: float) -> None:
         """Draw with σ = ``noise_multiplier`` and C = ``clipping_norm``; their product must be positive and finite."""
@@ -66,33 +91,20 @@ class HardenedGaussian:
             raise ParameterError("expected a positive noise multiplier and clipping norm")
         self._grid = math.ldexp(1.0, math.frexp(self._deviation)[1] - 17)
         self._keystream = Keystream(seed, NOISE)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
-        self._ahead: dict[tuple[int, int, int], Future[list[Tensor]]] = {}
+        self._ahead = Ahead(self._draw)
 
     def add(self, total: Tensor, step: int) -> Tensor:
-        """``total`` (float64, ``[d]``) with the noise of ``step``, on the public grid."""
-        key = self._block(step, len(total))
-        ahead = self._ahead.get(key)
-        noise = self._draw(step, len(total)) if ahead is None else ahead.result()[step % key[1]]
-        return torch.round((total + noise) / self._grid) * self._grid
+        """See :meth:`Noise.add`."""
+        noisy = (total + self._ahead.take(step, len(total))).mul_(1.0 / self._grid)
+        return noisy.round_().mul_(self._grid)
 
     def draw_ahead(self, step: int, count: int) -> None:
-        """Have the noise of ``step``, for ``count`` coordinates, made by the time it is wanted; of some later ones, too.
+        """See :meth:`Noise.draw_ahead`."""
+        self._ahead.start(step, count)
 
-        Small models get that of many steps at once, for which it is worth to hand over to another thread.
-        """
-        block, steps, _ = self._block(step, count)
-        wanted = [(number, steps, count) for number in ((block,) if steps == 1 else (block, block + 1))]
-        self._ahead = {key: self._ahead.get(key) or self._thread.submit(self._draw_block, *key) for key in wanted}
-
-    def _block(self, step: int, count: int) -> tuple[int, int, int]:
-        steps = max(1, min(_AHEAD_STEPS, _AHEAD_ELEMENTS // count))
-        return step // steps, steps, count
-
-    def _draw_block(self, block: int, steps: int, count: int) -> list[Tensor]:
-        return [self._draw(step, count) for step in range(block * steps, (block + 1) * steps)]
-
-    def _draw(self, step: int, count: int) -> Tensor:
-        """Normals of standard deviation σC, float64 ``[count]``."""
-        words = self._keystream.words(step, count + count % 2)
-        return self._deviation * torch.from_numpy(standard_normals(words)[:count])
+    def _draw(self, steps: range, count: int) -> list[Tensor]:
+        """For each step normals of standard deviation σC, float64 ``[count]``: all at once."""
+        even = count + count % 2
+        normals = standard_normals(np.concatenate([self._keystream.words(step, even) for step in steps]))
+        normals *= self._deviation
+        return list(torch.from_numpy(normals.reshape(len(steps), even)[:, :count]).unbind())

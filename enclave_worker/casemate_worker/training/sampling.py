@@ -35,5 +35,10 @@ class PoissonSampler:
         """The sampled records of ``step`` among ``record_count``, ascending."""
         if self._threshold == 1 << 64:
             return np.arange(record_count, dtype=np.int64)
-        words = self._keystream.words(step, record_count)
-        return np.flatnonzero(words < np.uint64(self._threshold)).astype(np.int64, copy=False)
+        return np.flatnonzero(self.drawn(step, record_count)).astype(np.int64, copy=False)
+
+    def drawn(self, step: int, record_count: int) -> NDArray[np.bool_]:
+        """Whether each of ``record_count`` records is sampled in ``step``."""
+        if self._threshold == 1 << 64:
+            return np.ones(record_count, dtype=np.bool_)
+        return self._keystream.words(step, record_count) < np.uint64(self._threshold)

@@ -2,7 +2,8 @@
 
 A *use* is one application of a layer: what went in and the gradient of what came out, record by record. A *term* is all
 uses of one parameter in a batch, so that norms are those of the sum of its uses (weight tying, reuse), cross terms
-included. Terms come in three kinds, which all sum over records in float64:
+included. Terms come in three kinds, which all can sum over records in float64, and the first and :class:`RankOne` also in
+float32 where a bound on the error is provided for (:mod:`.blocks`):
 
 - :class:`Instantiated`: the gradients of all records, float32, as computed; the certified object is these numbers.
 - :class:`Outer` ("ghost", Goodfellow 2015; Li et al. 2022, §3): the gradient of record ``i`` is
@@ -23,11 +24,15 @@ import torch.nn.functional as F
 from casemate_schemas.errors import ModelError
 from torch import Tensor
 
+from .blocks import Part, sum_products, sum_rows, upper_products, upper_squares
+
 Strategy = Literal["ghost", "per_sample", "grouped", "patches"]
 """How one parameter's gradients are handled: never formed, or formed, in one of three ways for a convolution."""
 
 _CHUNK_ELEMENTS: Final = 1 << 18
 """Float64 temporaries of this many elements (2 MiB) stay in a core's cache; larger ones cost page faults."""
+_CHEAP_ELEMENTS: Final = 1024
+"""Gradients of up to so many elements have their norms taken in float64."""
 _FORMING_COST: Final = 50
 """What it costs to form one element, take it to float64, square it and sum it, in float32 multiply-adds (measured)."""
 _DOUBLE_COST: Final = 2.3
@@ -203,12 +208,10 @@ class Instantiated:
         return self.rows.shape[1]
 
     def squared_norms(self) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`Term.squared_norms`."""
-        squares = torch.zeros(len(self.rows), dtype=torch.float64)
-        for columns in self._columns():
-            part = self.rows[:, columns].double()
-            squares += torch.linalg.vecdot(part, part)
-        return squares, None
+        """See :meth:`Term.squared_norms`. In float64 where that costs little."""
+        if self.elements > _CHEAP_ELEMENTS:
+            return upper_squares(self.rows), None
+        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square_(), None
 
     def drop(self, records: Tensor) -> None:
         """See :meth:`Term.drop`."""
@@ -218,6 +221,10 @@ class Instantiated:
         """See :meth:`Term.add_weighted`."""
         for columns in self._columns():
             total[columns] += factors @ self.rows[:, columns].double()
+
+    def sum_blocks(self, out: Tensor, part: Part, factors: Tensor) -> None:
+        """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
+        sum_products(out, part, part.of(factors)[:, None], part.of(self.rows))
 
     def _columns(self) -> list[slice]:
         n, elements = self.rows.shape
@@ -263,7 +270,7 @@ class Outer:
         self._whole = None
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
-        """See :meth:`Term.add_weighted`."""
+        """See :meth:`Term.add_weighted`; always in float64, because products may cancel."""
         found = total.view(self._groups, self._d, self._p)
         for records in self._chunks():
             a, g = self._factors(records)
@@ -295,12 +302,11 @@ class RankOne:
     The layer's shift, whose gradient is ``g_i``, may go along: as if ``a_i`` had one more element, a 1.
     """
 
-    def __init__(self, use: LinearUse) -> None:
-        """Of one use with ``t = 1``."""
-        a, g = use.activation, use.gradient
-        self._a, self._g = (x.double() if x.dim() == 2 else x.flatten(1).double() for x in (a, g))
+    def __init__(self, use: LinearUse, *, shift: bool = False, owned: bool = False) -> None:
+        """Of one use with ``t = 1``; with the layer's shift if so asked. ``owned``: its gradient is nobody else's."""
+        self._a, self._g = (x if x.dim() == 2 else x.flatten(1) for x in (use.activation, use.gradient))
         self._place = use.gradient.data_ptr(), self._g.shape
-        self._shift = False
+        self._shift, self._owned = shift, owned
 
     def take_along(self, other: Term) -> bool:
         """Whether ``other`` is the shift's term; then this one stands for both, the shift's elements after its own."""
@@ -314,9 +320,13 @@ class RankOne:
         return self._g.shape[1] * (self._a.shape[1] + self._shift)
 
     def squared_norms(self) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`Term.squared_norms`."""
-        inner = torch.linalg.vecdot(self._a, self._a)
-        return inner.add_(float(self._shift)).mul_(torch.linalg.vecdot(self._g, self._g)), None
+        """See :meth:`Term.squared_norms`. Upper bounds, which are also above 2^-80 of either factor's squared norm."""
+        return upper_products([self.factors]), None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, bool]:
+        """Activations, gradients, and whether the shift goes along."""
+        return self._a, self._g, self._shift
 
     def drop(self, records: Tensor) -> None:
         """See :meth:`Term.drop`."""
@@ -325,9 +335,18 @@ class RankOne:
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`."""
         d, p = self._g.shape[1], self._a.shape[1]
-        total[: d * p].view(d, p).addmm_((self._g * factors[:, None]).t(), self._a)
+        g = self._g * factors[:, None]
+        total[: d * p].view(d, p).addmm_(g.t(), self._a.double())
         if self._shift:
-            total[d * p :].addmv_(self._g.t(), factors)
+            total[d * p :] += g.sum(dim=0)
+
+    def sum_blocks(self, out: Tensor, part: Part, factors: Tensor) -> None:
+        """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
+        outer, g, weights = self._g.shape[1] * self._a.shape[1], part.of(self._g), part.of(factors)[:, None]
+        g = g.mul_(weights) if self._owned else g * weights
+        sum_products(out[:, :outer], part, g, part.of(self._a))
+        if self._shift:
+            sum_rows(out[:, outer:], part, g)
 
 
 class Sparse:
@@ -358,7 +377,7 @@ class Sparse:
         self._values = torch.where(records[self._keys // self._count, None], 0.0, self._values)
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
-        """See :meth:`Term.add_weighted`."""
+        """See :meth:`Term.add_weighted`; always in float64, as the values are."""
         weighted = self._values * factors[self._keys // self._count, None]
         total.view(self._count, -1).index_add_(0, self._keys % self._count, weighted)
 

@@ -1,4 +1,4 @@
-"""``casemate budget DATASET`` and ``casemate budget renew DATASET``: where the privacy budget went, and a fresh one."""
+"""``casemate budget DATASET``, ``budget events`` and ``budget renew``: where the privacy budget went, and a fresh one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 from casemate._http import printable
 from casemate.client import Consortium
 
-from .common import connected
+from .common import connected, write_events
 
 PLOT_COLUMNS: Final = 64
 PLOT_ROWS: Final = 10
@@ -49,6 +49,17 @@ async def show(consortium: Consortium, console: Console, dataset: str, as_json: 
     console.print(_summary(found))
     console.print(plot(found))
     console.print(_ledger(found))
+
+
+@budget.command()
+@click.argument("dataset")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="A file for 'casemate epsilon --events'.")
+@connected
+async def events(consortium: Consortium, console: Console, dataset: str, out: str) -> None:
+    """Write down, as JSON, every charge of DATASET (name@owner) and what its epsilon follows from."""
+    from casemate_privacy.recorded import events_of_ledger
+
+    write_events(events_of_ledger(await consortium.budget(dataset)), out)
 
 
 @budget.command()
@@ -135,7 +146,9 @@ def _ledger(found: Budget) -> Table:
 def _mechanism(line: LedgerLine) -> str:
     rate = line.sample_rate.numerator / line.sample_rate.denominator
     each = f", up to {line.unit_records} records each" if line.unit_records > 1 else ""
-    return f"{line.kind}: σ {line.noise_multiplier:g}, q {rate:.3g}, {line.steps} releases{each}"
+    further = sum(phase.steps for phase in line.further)
+    more = f", and {further} more under other noise" if further else ""
+    return f"{line.kind}: σ {line.noise_multiplier:g}, q {rate:.3g}, {line.steps} releases{more}{each}"
 
 
 def _when(at: int) -> str:

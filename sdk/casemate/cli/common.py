@@ -7,12 +7,17 @@ import os
 import warnings
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from casemate_schemas.errors import SetupError
 from rich.console import Console
 
 from casemate.client import Consortium, connect
+
+if TYPE_CHECKING:
+    from casemate_privacy.recorded import RecordedEvents
 
 _T = TypeVar("_T")
 
@@ -56,6 +61,15 @@ def identity_option(command: Callable[..., _T]) -> Callable[..., _T]:
         help="Your private key file (CASEMATE_IDENTITY).",
     )
     return option(command)
+
+
+def write_events(events: RecordedEvents, out: str) -> None:
+    """For ``casemate epsilon --events``. Raises :class:`SetupError`."""
+    try:
+        Path(out).write_text(events.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SetupError(f"cannot write to {out}: {error.strerror}") from error
+    click.echo(f"{len(events.guarantees)} figures and what they follow from: {out}")
 
 
 def say_simulated(console: Console, simulation: bool) -> None:

@@ -1,4 +1,4 @@
-"""``casemate consortium show|new-member|amend|sign|publish``: what the members agreed on, and how they change it."""
+"""``casemate consortium init|show|new-member|amend|sign|publish``: what the members agreed on, and how they change it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from casemate_schemas.attestation_policy import Product, TcbVersion
 from casemate_schemas.codec import M, WireModel, decode, encode
 from casemate_schemas.consortium import Member
-from casemate_schemas.errors import ParameterError, SetupError
+from casemate_schemas.errors import MissingExtraError, ParameterError, SetupError
 from casemate_schemas.keyring import KeyRing
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ from casemate.amendments import (
     with_member,
 )
 from casemate.client import Consortium
+from casemate.entry import is_missing_extra, missing_extra_line
 from casemate.hosting import with_hosted_key_broker, with_key_broker_measurement
 from casemate.identity import load_keys, now_ms, save_keys
 from casemate.parameters import parameter_errors
@@ -56,6 +57,24 @@ async def show(found: Consortium, console: Console, *, as_json: bool) -> None:
         click.echo(json.dumps(facts | {"manifest": _json(found.manifest.model_dump())}))
         return
     _print_manifest(console, found)
+
+
+@consortium.command()
+@click.argument("plan", type=_FILE)
+@click.option("--out", required=True, type=_NEW_FILE, help="A new folder for what is written.")
+def init(plan: Path, out: Path) -> None:
+    """Write what PLAN (TOML) needs: NATS configurations, a NATS user for each program, and its settings."""
+    try:
+        from casemate.deployment import read_plan, write_deployment
+    except ImportError as error:
+        if not is_missing_extra(error):
+            raise
+        raise MissingExtraError(missing_extra_line("gateway")) from error
+    for folder in write_deployment(read_plan(plan), out):
+        click.echo(f"{folder}")
+    click.echo(
+        "Bring each folder to the machine it is for, and nowhere else: nats.seed is a secret. Then: casemate doctor"
+    )
 
 
 @consortium.command("new-member")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from casemate._http import printable
 from casemate.client import Consortium
-from casemate.parameters import SGD, Adam, Privacy
+from casemate.parameters import SGD, Adam, Audit, Privacy
 
 from .common import connected
 
@@ -96,6 +96,8 @@ def choices_table(choices: Sequence[Choice]) -> Table:
 @click.option("--loss", type=click.Choice(_LOSSES))
 @click.option("--purpose", default="research", show_default=True)
 @click.option("--deadline-s", default=24 * 3600.0, show_default=True, type=float)
+@click.option("--audit", "canaries", type=int, metavar="CANARIES", help="Release no weights but an audit's report.")
+@click.option("--confidence", default=0.95, show_default=True, type=float, help="Of the audit's bounds.")
 @click.option("--job-id", help="32 hexadecimal digits; the same job again under its id is the same job.")
 @click.option("--watch/--no-watch", "watching", default=False, help="Stay until it ends.")
 @connected
@@ -118,10 +120,12 @@ async def submit(
     loss: Loss | None,
     purpose: str,
     deadline_s: float,
+    canaries: int | None,
+    confidence: float,
     job_id: str | None,
     watching: bool,
 ) -> int:
-    """Plan, seal and submit a training job; prints its id."""
+    """Plan, seal and submit a training job, or an audit of one; prints its id."""
     job = await consortium.train(
         model=load_model(model),
         datasets=datasets,
@@ -135,6 +139,7 @@ async def submit(
         loss=loss,
         purpose=purpose,
         deadline_s=deadline_s,
+        audit=None if canaries is None else Audit(canaries=canaries, confidence=confidence),
         job_id=job_id,
     )
     click.echo(job.id)

@@ -1,4 +1,4 @@
-"""``casemate results get|verify``."""
+"""``casemate results get|verify|events``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from casemate.identity import Identity
 from casemate.results import Result, load
 from casemate.verification import Verification
 
-from .common import connected, identity_option, say_simulated
+from .common import connected, identity_option, say_simulated, write_events
 
 
 @click.group()
@@ -50,6 +50,17 @@ def verify(folder: str, identity: str, submitter: str | None, as_json: bool) -> 
     console = Console()
     say_simulated(console, result.simulation)
     show(console, result)
+
+
+@results.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False))
+@identity_option
+@click.option("--submitter", help="PERSON@MEMBER whose job it must be, if not your own.")
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="A file for 'casemate epsilon --events'.")
+def events(folder: str, identity: str, submitter: str | None, out: str) -> None:
+    """Write down, as JSON without secrets, what the epsilons of a saved result follow from. Verifies it first."""
+    result = load(folder, Identity.of(identity), submitter=submitter)
+    write_events(result.privacy_events(), out)
 
 
 def show(console: Console, result: Result) -> None:

@@ -114,7 +114,7 @@ class LocalStack:
     ``overrides`` are settings, as for :func:`write_settings`. ``commands`` has the Python arguments that start a program
     (by its name in :attr:`programs`) in place of ``-m`` and its module; what it is told follows them.
     ``worker_python`` is another interpreter for the workers: the packages that it imports are the worker image, so it also
-    runs the simulated chip, which measures them.
+    runs the simulated chip, which measures them. ``max_store_bytes`` bounds what NATS stores; the disk does if not given.
     """
 
     def __init__(
@@ -125,6 +125,7 @@ class LocalStack:
         overrides: Mapping[str, Mapping[str, object]] | None = None,
         commands: Mapping[str, Sequence[str]] | None = None,
         worker_python: Path | None = None,
+        max_store_bytes: int | None = None,
     ) -> None:
         self.layout = layout
         self._worker_python = str(worker_python or sys.executable)
@@ -133,7 +134,7 @@ class LocalStack:
         self._overrides = overrides or {}
         self._commands = commands or {}
         self._guards: list[asyncio.Task[None]] = []
-        self.nats = EmbeddedServer(layout.nats, nats_users(layout))
+        self.nats = EmbeddedServer(layout.nats, nats_users(layout), max_store_bytes=max_store_bytes)
 
     @property
     def facts(self) -> Facts:

@@ -102,3 +102,26 @@ async def test_a_cancelled_job_is_given_to_nobody(running_house: House) -> None:
     worker = WorkQueue(await running_house.client("worker-1"))
     assert await claimed(running_house, worker) == last
     assert await worker.pull(0) is None
+
+
+async def test_a_broken_record_holds_up_no_other_job(running_house: House) -> None:
+    """Any worker may write any record: one that nobody can read is left out, and all others are listed and handed out."""
+    clara = running_house.caller("clara")
+    for name in ("clara", "north"):
+        await running_house.key_broker(name)
+    first = await queued(running_house, clara, "clara")
+    stranger = await running_house.client("worker-2")
+    stored = await stranger.jetstream().get_last_msg("KV_jobs", f"$KV.jobs.{first}", direct=True)
+    for key, data in (("0" * 32, b"\xc1 nonsense"), ("1" * 32, stored.data or b"")):
+        await stranger.jetstream().publish(f"$KV.jobs.{key}", data)
+        record = (await JobStore(stranger).get(first))[0].model_copy(update={"job_id": key})
+        await EventLog(stranger).publish(event_of(record))
+    worker = WorkQueue(await running_house.client("worker-1"))
+    assert await claimed(running_house, worker) == first
+    second = await queued(running_house, clara, "clara")
+    assert await claimed(running_house, worker) == second
+    async with running_house.gateway_running():  # a gateway that starts anew has nothing but the records
+        third = await queued(running_house, clara, "clara")
+        assert await claimed(running_house, worker) == third
+        listed = (await clara.get("/v1/jobs")).json["jobs"]
+        assert [job["job_id"] for job in listed] == [third, second, first]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import re
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +16,10 @@ from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from support.gateway import House
+from support.gateway_process import program, settings_file
 from support.http import signed_request
 
 MIB = 1 << 20
-
-
-class Program:
-    """``python -m casemate_gateway`` and what it says."""
-
-    def __init__(self, process: asyncio.subprocess.Process, ready: dict[str, Any]) -> None:
-        self.process = process
-        self.ready = ready
-
-    def memory_bytes(self, field: str) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(rf"{field}:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) * 1024
-
-
-def settings_file(folder: Path, house: House, **changes: Any) -> Path:
-    values = {**house.settings.model_dump(mode="json", exclude_defaults=True), **changes}
-    path = folder / "gateway.toml"
-    path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
-    return path
-
-
-@asynccontextmanager
-async def program(settings: Path) -> AsyncIterator[Program]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
-    )
-    assert process.stderr is not None
-    drain: asyncio.Task[bytes] | None = None
-    try:
-        async with asyncio.timeout(30):
-            line = json.loads(await process.stderr.readline())
-            while line["event"] != "ready":
-                line = json.loads(await process.stderr.readline())
-        drain = asyncio.create_task(process.stderr.read())
-        yield Program(process, line)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        if drain is not None:
-            await drain
 
 
 async def test_it_is_ready_and_ends_cleanly(a_house: House, tmp_path: Path) -> None:

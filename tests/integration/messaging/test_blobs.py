@@ -12,11 +12,12 @@ from pathlib import Path
 import nats.errors
 import nats.js.errors
 import pytest
-from casemate_messaging.blobs import CHUNK_BYTES, MAX_UPLOAD_S, WINDOW, BlobStore
-from casemate_messaging.connection import TRIES
+from casemate_messaging.blobs import CHUNK_BYTES, DIGEST_HEADER, MAX_UPLOAD_S, WINDOW, BlobStore, Segment
+from casemate_messaging.connection import TRIES, publish_once
 from casemate_messaging.heads import HeadStore
 from casemate_messaging.setup import StreamSettings
 from casemate_schemas import subjects
+from casemate_schemas.codec import encode
 from casemate_schemas.errors import (
     IntegrityError,
     MalformedError,
@@ -239,31 +240,75 @@ async def test_altered_chunks_do_not_reach_the_reader_whole(nats_stack: NatsStac
     other, other_digest = blob(3 * CHUNK_BYTES + 1)
     await store.put(other_digest, len(other), pieces(other))
     genuine = await store._marker(other_digest)
-    subject = subjects.blob_chunk(digest.hex(), genuine.upload_id)
+    writer = genuine.segments[0].upload_id
     first = None
     for start in range(0, len(data), CHUNK_BYTES):
         chunk = data[start : start + CHUNK_BYTES]
         last = start + CHUNK_BYTES == len(data)
-        ack = await worker.jetstream().publish(subject, chunk[:-1] + b"!" if last else chunk)
+        lie = chunk[:-1] + b"!" if last else chunk
+        headers = {DIGEST_HEADER: hashlib.sha256(lie).hexdigest()}
+        ack = await worker.jetstream().publish(subjects.blob_chunk(digest.hex(), writer), lie, headers=headers)
         first = first or ack.seq
-    marker = genuine.model_copy(update={"size": len(data), "chunks": 3, "first_sequence": first})
-    await store._commit(digest, marker)
+    await store.commit(digest, len(data), (Segment(upload_id=writer, first_sequence=first, chunks=3),))
     reader = store.get(digest)
     assert await anext(reader) + await anext(reader) == data[: 2 * CHUNK_BYTES]
     with pytest.raises(IntegrityError):
         await anext(reader)
 
 
-@pytest.mark.parametrize("change", [{"chunks": 5}, {"size": CHUNK_BYTES}, {"chunks": 2}])
-async def test_a_marker_that_promises_otherwise_is_found_out(nats_stack: NatsStack, blob, change) -> None:
+@pytest.mark.parametrize(("size", "chunks"), [(5, 5), (1, 1), (2, 2), (3, 2), (2, 3), (4, 3)])
+async def test_a_marker_that_promises_otherwise_is_found_out(
+    nats_stack: NatsStack, blob, size: int, chunks: int
+) -> None:
     data, digest = blob(3 * CHUNK_BYTES)
     store = BlobStore(await nats_stack.connect("gateway"), may_purge=True)
     await store.put(digest, len(data), pieces(data))
-    marker = (await store._marker(digest)).model_copy(update=change)
+    marker = await store._marker(digest)
+    segment = marker.segments[0].model_copy(update={"chunks": chunks})
+    lie = marker.model_copy(update={"size": size * CHUNK_BYTES, "segments": (segment,)})
     await store._purge(subjects.BLOB_MARKER_STREAM, subjects.blob_marker(digest.hex()))
-    await store._commit(digest, marker)
+    await publish_once(store._js, subjects.blob_marker(digest.hex()), encode(lie))
     with pytest.raises(IntegrityError):
         await read(store, digest)
+
+
+async def test_a_chunk_that_the_disk_spoilt_is_found_wherever_a_reader_begins(nats_stack: NatsStack, blob) -> None:
+    """The chunk's own digest says so: nobody need read the whole."""
+    data, digest = blob(4 * CHUNK_BYTES)
+    store = BlobStore(await nats_stack.connect("worker-1"))
+    js = (await nats_stack.gateway()).jetstream()
+    first = None
+    for index in range(4):
+        chunk = data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+        headers = {DIGEST_HEADER: hashlib.sha256(chunk).hexdigest()} if index != 1 else None
+        stored = chunk if index != 2 else chunk[:-1] + b"!"
+        ack = await js.publish(subjects.blob_chunk(digest.hex(), "0-a"), stored, headers=headers)
+        first = first or ack.seq
+    await store.commit(digest, len(data), (Segment(upload_id="0-a", first_sequence=first, chunks=4),))
+    for start, sound in ((0, True), (CHUNK_BYTES + 9, False), (2 * CHUNK_BYTES, False), (3 * CHUNK_BYTES + 1, True)):
+        found = store.get_range(digest, start, start + 5)
+        if sound:
+            assert b"".join([piece async for piece in found]) == data[start : start + 5]
+        else:
+            with pytest.raises(IntegrityError):
+                await anext(found)
+
+
+async def test_any_range_is_that_range(nats_stack: NatsStack, blob, monkeypatch) -> None:
+    """Ranges around chunk, batch and segment edges, of a blob whose segments hold five chunks each."""
+    monkeypatch.setattr("casemate_messaging.blobs.SEGMENT_CHUNKS", 5)
+    data, digest = blob(13 * CHUNK_BYTES + 77)
+    store = BlobStore(await nats_stack.connect("worker-1"))
+    other, other_digest = blob(6 * CHUNK_BYTES)
+    await asyncio.gather(store.put(digest, len(data), pieces(data)), store.put(other_digest, len(other), pieces(other)))
+    assert [segment.chunks for segment in (await store._marker(digest)).segments] == [5, 5, 4]
+    edges = sorted(
+        {0, 1, len(data) - 1, len(data), *(n * CHUNK_BYTES + d for n in (1, 5, 8, 10, 13) for d in (-1, 0, 1))}
+    )
+    for start in edges[:-1]:
+        for stop in {*edges[edges.index(start) + 1 :][:2], edges[-1]}:
+            found = b"".join([piece async for piece in store.get_range(digest, start, stop)])
+            assert found == data[start:stop], (start, stop)
 
 
 async def test_a_marker_that_is_none_is_found_out(nats_stack: NatsStack) -> None:

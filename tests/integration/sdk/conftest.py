@@ -22,6 +22,7 @@ from casemate_schemas.codec import encode
 from casemate_schemas.evidence import SevSnp
 from casemate_schemas.keyring import KeyRing
 from casemate_worker.settings import Settings as WorkerSettings
+from casemate_worker.turns import serve_in_turn
 from casemate_worker.worker import Worker
 from support.key_brokers import MEASUREMENT, MEMBERS, Bench, Person, chip
 from support.nats import NatsStack, nats_stack
@@ -93,7 +94,7 @@ async def road(tmp_path: Path, nats_stack: NatsStack) -> AsyncIterator[Road]:
         )
         client = await nats_stack.connect("worker-1")
         worker = Worker(settings, client, lambda: bench.consortium, Guest(), clock=_Now(), log=ProgramLog("worker"))
-        running_worker = asyncio.create_task(worker.run(stop))
+        running_worker = asyncio.create_task(serve_in_turn([worker], stop, asyncio.Event()))
         try:
             yield Road(bench, url)
         finally:

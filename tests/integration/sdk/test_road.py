@@ -11,7 +11,9 @@ import casemate as cm
 import numpy as np
 import pytest
 import torch
+from casemate.cli.epsilon import recompute
 from casemate.results import load
+from casemate_privacy.recorded import events_of_ledger
 from casemate_schemas.errors import AuthorisationError, LicenceError, NotFoundError
 from rich.console import Console
 from torch import nn
@@ -68,6 +70,11 @@ async def test_push_train_watch_open_and_open_again_elsewhere(road: Road, tmp_pa
     assert len(result.verification.steps) == 12 and result.simulation
     assert [2.99 < owner.epsilon <= 3.0 for owner in result.privacy.owners] == [True, True]
     assert float(result.weights["0.weight"]) > 0.5, "older patients have the outcome"
+    stated = recompute(result.privacy_events().model_dump_json().encode(), None, check=True)
+    assert [(item.charged, item.holds) for item in stated] == [
+        *((owner.epsilon, True) for owner in result.privacy.owners),
+        (result.privacy.person_epsilon, True),
+    ]
     result.save(tmp_path / "out")
     assert load(tmp_path / "out", clara).provenance() == result.provenance()
     async with connect(road, clara, tmp_path / "elsewhere") as consortium:
@@ -75,7 +82,10 @@ async def test_push_train_watch_open_and_open_again_elsewhere(road: Road, tmp_pa
         assert torch.equal(again.weights["0.weight"], result.weights["0.weight"])
     steward = road.identity(road.bench.stewards["north"])
     async with connect(road, steward, tmp_path / "north") as consortium:
-        (line,) = (await consortium.budget("cardio@north")).lines
+        budget = await consortium.budget("cardio@north")
+        (line,) = budget.lines
+        alone, whole = recompute(events_of_ledger(budget).model_dump_json().encode(), None, check=True)
+        assert alone.holds and whole.holds and whole.epsilon == alone.epsilon == line.epsilon
         assert line.job_id == job.id and line.epsilon == pytest.approx(3.0, rel=0.01) and line.committed is not None
         with pytest.raises((AuthorisationError, NotFoundError)):
             await (await consortium.job(job.id, submitter="clara@clara")).result()

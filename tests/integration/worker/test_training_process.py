@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from casemate_models.building import read_weights
 from casemate_models.pipeline import write_columns
 from casemate_models.tensors import write_tensors
 from casemate_models.tracing import trace
+from casemate_privacy.auditing import audit_report
 from casemate_schemas.codec import digest_of, encode
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import MalformedError, ModelError, TrainingError
-from casemate_schemas.job import SGD, DatasetUse, JobSpec, Plan, Privacy, Rational, Training
+from casemate_schemas.job import SGD, Audit, DatasetUse, JobSpec, Plan, Privacy, Rational, Training
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.pipeline import PipelineSpec
 from casemate_schemas.sections import pack_sections
@@ -52,7 +54,7 @@ def plaintext(owner: str) -> bytes:
     return pack_sections({"card": encode(card(owner)), "columns": write_columns(columns, card(owner))})
 
 
-def job(steps: int = 20, every: int = 10, sigma: float = 1.0) -> tuple[JobSpec, bytes]:
+def job(steps: int = 20, every: int = 10, sigma: float = 1.0, mechanism: Any = "hardened") -> tuple[JobSpec, bytes]:
     model, weights = trace(nn.Sequential(nn.Linear(2, 1)), (2,))
     uses = tuple(
         DatasetUse(
@@ -72,6 +74,7 @@ def job(steps: int = 20, every: int = 10, sigma: float = 1.0) -> tuple[JobSpec, 
         steps=steps,
         clipping_norm=1.0,
         noise_multiplier=sigma,
+        mechanism=mechanism,
         checkpoint_every_steps=every,
     )
     plan = Plan(
@@ -117,8 +120,20 @@ async def test_it_trains_reports_every_step_and_hands_over_checkpoints() -> None
     assert any((before[name] != after[name]).any() for name in before)
 
 
-async def test_a_resumed_run_ends_where_an_uninterrupted_one_does_and_another_seed_elsewhere() -> None:
+async def test_an_audit_hands_over_counts_in_place_of_weights_and_checkpoints() -> None:
     spec, weights = job()
+    changes = {"kind": "privacy_audit", "release": ("audit",), "audit": Audit(canaries=100)}
+    audit = spec.model_copy(update={"plan": Plan.model_validate(spec.plan.model_dump() | changes)})
+    *steps, last = await trained(audit, weights, SEED)
+    assert [r.step for r in steps if isinstance(r, StepDone)] == list(range(1, 21)) and len(steps) == 20
+    assert isinstance(last, Trained) and last.weights == b"" and last.audit is not None
+    assert audit_report(audit.plan, last.audit).canaries == 100
+    assert set(last.clipping) == set(read_weights(spec.model, weights))
+
+
+@pytest.mark.parametrize("mechanism", ["hardened", "exact"])
+async def test_a_resumed_run_ends_where_an_uninterrupted_one_does_and_another_seed_elsewhere(mechanism: str) -> None:
+    spec, weights = job(mechanism=mechanism)
     whole = await trained(spec, weights, SEED)
     (checkpoint,) = [r for r in whole if isinstance(r, CheckpointReady)]
     resumed = await trained(spec, weights, SEED, checkpoint.state)

@@ -123,17 +123,6 @@ def test_a_lineage_changed_behind_its_back_is_found(bench: Bench, change: str) -
             ledger.verify(tx)
 
 
-def test_a_card_that_protects_subjects_is_listed_and_no_job_may_use_it_yet(bench: Bench) -> None:
-    subjects = {"privacy_unit": "subject", "subject_column": "age", "max_records_per_subject": 4}
-    dataset = bench.dataset()
-    dataset = Dataset(bench.card(**subjects), dataset.licence, dataset.head, dataset.envelope, "north")
-    bench.ask("north", bench.stewards["north"], bench.registration(dataset))
-    job = bench.job(dataset.use())
-    answer = bench.precheck("north", job)
-    assert answer.reason == "dataset_mismatch"
-    assert "up to 4 records" in bench.detail("north", answer).message
-
-
 def _head(bench: Bench) -> LedgerHead:
     steward = bench.stewards["north"]
     response = bench.broker("north").message(bench.request("north", steward, ShowState()))

@@ -46,7 +46,6 @@ def test_token_accepts_names_and_digests(value: str) -> None:
     [
         subjects.key_broker,
         subjects.event,
-        subjects.event_stored,
         subjects.blob_marker,
         subjects.head,
         subjects.inbox_prefix,
@@ -192,3 +191,19 @@ def test_only_the_gateway_stores_what_everyone_reads(subject: str) -> None:
 def test_a_key_broker_may_answer_each_request_once() -> None:
     (north,) = accounts(USERS)["KEY_BROKER_north"]["users"]
     assert north["permissions"]["allow_responses"]["max"] == 1
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        f"$KV.{subjects.UPLOAD_BUCKET}.clara.{'a' * 64}",
+        f"$KV.{subjects.LEASE_BUCKET}.housekeeping",
+        f"$JS.API.STREAM.PURGE.{subjects.UPLOAD_STREAM}",
+        f"$JS.API.DIRECT.GET.{subjects.HEAD_STREAM}",
+        f"$JS.API.DIRECT.GET.{subjects.BLOB_MARKER_STREAM}",
+    ],
+)
+def test_only_gateways_know_unfinished_uploads_and_keep_house(subject: str) -> None:
+    assert may_publish(GATEWAY, subject)
+    assert not may_publish(WORKER, subject)
+    assert not may_publish(NORTH, subject)

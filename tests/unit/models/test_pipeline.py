@@ -243,3 +243,25 @@ def test_no_bytes_escape_the_error_tree(data: bytes, flips: list[tuple[int, int]
 def test_pipelines_and_the_proof_need_no_torch() -> None:
     code = "import sys, casemate_models.pipeline, casemate_models.batch_axis; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+SUBJECTS = CARD.model_copy(
+    update={
+        "privacy_unit": "subject",
+        "subject_column": "stage",
+        "max_records_per_subject": 2,
+        "subject_bound": 3,
+    }
+)
+
+
+def test_nobody_seals_more_subjects_than_declared() -> None:
+    assert write_columns(_columns(3), SUBJECTS)
+    with pytest.raises(DatasetError, match="at most 3 subjects"):
+        write_columns(_columns(4), SUBJECTS)
+
+
+@pytest.mark.parametrize("changed", [{"features": ("age", "stage")}, {"target": "stage", "target_kind": "value"}])
+def test_no_model_sees_who_a_subject_is(changed: dict[str, Any]) -> None:
+    with pytest.raises(DatasetError, match="names subjects"):
+        check_pipeline(_pipeline(**changed), SUBJECTS, (5,))

@@ -10,7 +10,8 @@ from fractions import Fraction
 
 import casemate_privacy
 import pytest
-from casemate_privacy import TrainingEvent
+from casemate_privacy import LifetimeLoss, ScheduledEvent, TrainingEvent
+from casemate_privacy.events import merge, phases_of, sampled
 from casemate_schemas.errors import ParameterError
 
 
@@ -28,7 +29,7 @@ from casemate_schemas.errors import ParameterError
         (Fraction(1, 2), math.inf, 1),
         (Fraction(1, 2), 0.0, 1),
         (Fraction(1, 2), -1.0, 1),
-        (Fraction(1, 2), 0.29, 1),
+        (Fraction(1, 2), 0.0099, 1),
         (Fraction(1, 2), 10_001.0, 1),
         (Fraction(1, 2), "1", 1),
         (Fraction(1, 2), 1.0, 0),
@@ -47,6 +48,47 @@ def test_a_rate_without_a_float_is_rounded_up():
     third = TrainingEvent(Fraction(1, 3), 1.0, 1)
     assert Fraction(third.rate_upper) > Fraction(1, 3) > Fraction(math.nextafter(third.rate_upper, 0))
     assert TrainingEvent(Fraction(3, 1 << 20), 1.0, 1).rate_upper == 3 / (1 << 20)
+
+
+def test_many_equal_steps_of_several_jobs_are_no_more_than_one_event_may_have():
+    long = TrainingEvent(Fraction(1, 1 << 20), 10.0, 600_000)
+    assert [event.steps for event in merge([long, long])] == [1_000_000, 200_000]
+    alone = casemate_privacy.epsilon(long, 1e-5)
+    assert alone < casemate_privacy.epsilon([long, long], 1e-5) < 2 * alone
+
+
+def test_phases_in_any_order_cost_the_same_and_one_phase_is_itself():
+    one, two = TrainingEvent(Fraction(1, 8), 3.0, 20), TrainingEvent(Fraction(1, 8), 2.0, 10)
+    assert phases_of(ScheduledEvent((one, two, one))) == (two, TrainingEvent(Fraction(1, 8), 3.0, 40))
+    assert casemate_privacy.epsilon(ScheduledEvent((one,)), 1e-5) == casemate_privacy.epsilon(one, 1e-5)
+    schedule, both = ScheduledEvent((one, two)), [two, one]
+    assert casemate_privacy.epsilon(schedule, 1e-5) == casemate_privacy.epsilon(both, 1e-5)
+    curves = (casemate_privacy.rdp_curve(event) for event in both)
+    assert casemate_privacy.rdp_curve(schedule) == casemate_privacy.add_curves(*curves)
+    kept = LifetimeLoss.empty().after(schedule, 1e-5).epsilon(1e-5)
+    assert kept == pytest.approx(casemate_privacy.epsilon(schedule, 1e-5), rel=1e-3)
+    with pytest.raises(ParameterError, match="one phase"):
+        sampled(schedule)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        (),
+        [TrainingEvent(Fraction(1, 2), 1.0, 1)],
+        (TrainingEvent(Fraction(1, 2), 1.0, 1), None),
+        (TrainingEvent(Fraction(1, 2), 1.0, 1), TrainingEvent(Fraction(1, 2), 1.0, 1, 2)),
+        (TrainingEvent(Fraction(1, 2), 1.0, 1_000_000), TrainingEvent(Fraction(1, 2), 2.0, 1)),
+        (TrainingEvent(Fraction(1, 2), 1.0, 1),) * 257,
+    ],
+)
+def test_absurd_schedules_are_refused(phases):
+    with pytest.raises(ParameterError):
+        ScheduledEvent(phases)
+
+
+def test_a_rarely_drawn_unit_of_many_records_under_little_noise_overflows_nothing():
+    assert casemate_privacy.epsilon(TrainingEvent(Fraction(1, 1 << 20), 0.3, 1, 16), 1e-3) == 0.0
 
 
 def test_to_dp_accounting_and_back():

@@ -20,7 +20,7 @@ from casemate_schemas.approval import Approval
 from casemate_schemas.codec import digest_of
 from casemate_schemas.errors import AuthorisationError, CasemateError, NotFoundError, ParameterError, UnavailableError
 from casemate_schemas.identity import Role
-from casemate_schemas.job import Plan
+from casemate_schemas.job import Audit, Plan
 from casemate_schemas.licence import Approvals, Licence, MemberIs, Permission, RoleIs
 from casemate_schemas.requests import (
     ApprovalGiven,
@@ -63,6 +63,7 @@ class Waiting:
     change: Callable[[ApprovalShown], ApprovalShown] = lambda shown: shown
     more: tuple[PendingApproval, ...] = ()
     given: list[Approval] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     @property
     def terms(self) -> Signed:
@@ -71,7 +72,8 @@ class Waiting:
                 use.model_copy(update={"licence": digest_of(self.licence)}) if use.owner == "north" else use
                 for use in terms.plan.datasets
             )
-            return terms.model_copy(update={"plan": Plan.model_validate({**dict(terms.plan), "datasets": uses})})
+            fields = {**dict(terms.plan), "datasets": uses} | self.plan
+            return terms.model_copy(update={"plan": Plan.model_validate(fields)})
 
         return self.w.terms(edit)
 
@@ -195,6 +197,19 @@ async def test_who_approves_reads_all_and_signs_the_very_terms(
         assert again == request
         await consortium.deny(again)
         assert waiting.given[-1].decision == "deny"
+
+
+async def test_who_approves_an_audit_is_told_that_it_is_one(
+    waiting: Waiting, person: Callable[..., dict[str, Any]]
+) -> None:
+    waiting.plan = {"kind": "privacy_audit", "release": ("audit",), "audit": Audit(canaries=300)}
+    async with (
+        serving(FakeGateway(waiting.w, waiting.answer)) as gateway,
+        connect(gateway.url, **person("north")) as consortium,
+    ):
+        (request,) = await consortium.approval(JOB_ID)
+    assert "clara@lab asks to audit training, with 300 canaries, for research" in str(request)
+    assert "released: audit, to clara@lab" in str(request)
 
 
 async def test_an_approval_ends_with_the_delegation(waiting: Waiting, person: Callable[..., dict[str, Any]]) -> None:

@@ -109,6 +109,7 @@ async def test_commands_speak_to_the_gateway_and_say_simulated(
         ("datasets", "show", "cardio@north"): (0, "lets scientists list cardio@north"),
         ("datasets", "show", "none@north"): (1, ""),
         ("budget", "cardio@north"): (0, "2.5"),
+        ("budget", "events", "cardio@north", "--out", str(tmp_path / "events.json")): (0, "what they follow"),
         ("jobs", "list"): (0, "licence_forbids"),
         ("jobs", "status", JOB_ID): (1, JOB_ID),
         ("jobs", "watch", JOB_ID): (1, "licence_forbids"),
@@ -124,7 +125,7 @@ async def test_commands_speak_to_the_gateway_and_say_simulated(
 
 
 def test_results_group_has_its_commands() -> None:
-    assert sorted(results.commands) == ["get", "verify"]
+    assert sorted(results.commands) == ["events", "get", "verify"]
 
 
 def test_cards_and_licences_are_read_from_json(tmp_path: Path) -> None:

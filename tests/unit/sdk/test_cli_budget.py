@@ -28,6 +28,8 @@ def _line(number: int, after: float | None, **changed: Any) -> LedgerLine:
         "noise_multiplier": 2.5,
         "steps": 40,
         "unit_records": 1,
+        "limit_epsilon": 4.0,
+        "delta": 1e-5,
         "epsilon": 0.5,
         "epsilon_after": after,
         "estimate_after": None,

@@ -13,8 +13,9 @@ import casemate as cm
 import pytest
 import torch
 from casemate_models.building import build
+from casemate_privacy import rounding
 from casemate_privacy.accounting import epsilon
-from casemate_privacy.statement import training_event
+from casemate_privacy.statement import job_event, privacy_statement
 from casemate_schemas.admission import PrecheckAnswer, Routing
 from casemate_schemas.codec import decode, digest_of, encode
 from casemate_schemas.envelope import open_head, split_envelope
@@ -133,7 +134,7 @@ async def test_planned_rates_and_noise_give_an_epsilon_just_within_the_target(
         await consortium.train(**request_of())
     plan = opened_job(gateway, w)[0].plan
     for use in plan.datasets:
-        assert 2.99 < epsilon(training_event(plan, use), 1e-3) <= 3.0
+        assert 2.99 < epsilon(job_event(plan, use), 1e-3) <= 3.0
     assert float(plan.expected_batch) == pytest.approx(100, rel=0.01)
 
 
@@ -147,8 +148,25 @@ async def test_an_owner_with_a_stricter_cap_is_sampled_less_and_the_others_keep_
     plan = opened_job(gateway, w)[0].plan
     north, south = plan.datasets
     assert north.sample_rate.fraction < south.sample_rate.fraction
-    assert 0.99 < epsilon(training_event(plan, north), 1e-4) <= 1.0
-    assert 2.99 < epsilon(training_event(plan, south), 1e-3) <= 3.0
+    assert 0.99 < epsilon(job_event(plan, north), 1e-4) <= 1.0
+    assert 2.99 < epsilon(job_event(plan, south), 1e-3) <= 3.0
+
+
+async def test_exact_noise_is_in_the_terms_and_costs_the_same(
+    gateway: FakeGateway, options: dict[str, Any], w: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cm.connect(gateway.url, **options) as consortium:
+        await consortium.train(**request_of())
+        hardened = opened_job(gateway, w)[0].plan
+        await consortium.train(**request_of(mechanism="exact"))
+        exact = opened_job(gateway, w)[0].plan
+        assert (hardened.training.mechanism, exact.training.mechanism) == ("hardened", "exact")
+        assert exact == hardened.model_copy(update={"training": exact.training})
+        first, second = privacy_statement(hardened), privacy_statement(exact)
+        assert second == first.model_copy(update={"mechanism": "exact"}) != first
+        monkeypatch.setattr(rounding, "MAX_RESERVE", 1e-9)
+        with pytest.raises(ParameterError, match="use hardened noise"):
+            await consortium.train(**request_of(mechanism="exact"))
 
 
 async def test_epochs_are_expected_passes_over_the_declared_rows(
@@ -196,6 +214,7 @@ NAN, INF = float("nan"), float("inf")
         {"purpose": "Any Purpose"},
         {"job_id": "short"},
         {"optimizer": "sgd"},
+        {"mechanism": "float32"},
         {"privacy": 3.0},
         {"max_physical_batch": 0},
     ],

@@ -12,12 +12,14 @@ import pytest
 from casemate.identity import Identity, new_person
 from casemate.results import load, open_result
 from casemate.verification import verify_result
+from casemate_privacy.statement import privacy_statement
 from casemate_schemas.attestation_policy import AttestationPolicy
 from casemate_schemas.consortium import ManifestChain, verify_chain
 from casemate_schemas.envelope import PREFIX_BYTES
 from casemate_schemas.errors import ReleaseError
 from casemate_schemas.evidence import SevSnp
-from casemate_schemas.job import Privacy
+from casemate_schemas.job import Metrics, Plan, Privacy
+from casemate_schemas.metrics import MetricSums, noise_std
 from casemate_schemas.signatures import SigningKey
 from support.results import JOB_ID, WEIGHTS, Edits, World, world
 
@@ -72,6 +74,27 @@ def first_changed(**changes: Any) -> Callable[[Any], Any]:
     """An edit of north's Grant or receipt alone."""
     return lambda message: message.model_copy(update=changes) if message.key_broker == "north" else message
 
+
+ASKED = Metrics(noise_multiplier=20.0, loss_bound=5.0)
+METRICS = MetricSums(
+    count=390.0,
+    right=200.0,
+    loss=-300.0,
+    noise_std=noise_std("binary_cross_entropy", ASKED.noise_multiplier),
+    loss_bound=ASKED.loss_bound,
+)
+OF_A_REGRESSION = METRICS.model_copy(update={"right": None})
+
+
+def _with_metrics(plan: Plan) -> Plan:
+    return plan.model_copy(update={"metrics": ASKED, "release": ("weights", "metrics")})
+
+
+ASKING: dict[str, Any] = {
+    "terms": lambda terms: terms.model_copy(update={"plan": _with_metrics(terms.plan)}),
+    "statement": lambda _: privacy_statement(_with_metrics(world().plan())),
+}
+"""Edits to a result whose terms ask for metrics, and which states what that costs."""
 
 BROKEN: list[tuple[str, str, Edits]] = [
     ("step 1 (release)", "another signer", Edits(release_signer=STRANGER)),
@@ -163,6 +186,7 @@ BROKEN: list[tuple[str, str, Edits]] = [
     ("step 12 (privacy)", "understated epsilon", Edits(statement=lambda s: _owner_changed(s, epsilon=0.1))),
     ("step 12 (privacy)", "another delta", Edits(statement=lambda s: _owner_changed(s, delta=1e-9))),
     ("step 12 (privacy)", "fewer steps", Edits(statement=lambda s: _owner_changed(s, steps=1))),
+    ("step 12 (privacy)", "another mechanism", Edits(statement=lambda s: s.model_copy(update={"mechanism": "exact"}))),
     ("step 12 (privacy)", "more noise", Edits(statement=lambda s: _owner_changed(s, noise_multiplier=9.0))),
     (
         "step 12 (privacy)",
@@ -170,6 +194,20 @@ BROKEN: list[tuple[str, str, Edits]] = [
         Edits(statement=lambda s: s.model_copy(update={"owners": s.owners[:1]})),
     ),
     ("step 12 (privacy)", "a person's epsilon", Edits(statement=update(person_epsilon=0.5))),
+    ("step 12 (privacy)", "another unit", Edits(statement=update(unit="subject"))),
+    ("step 12 (privacy)", "metrics nobody asked for", Edits(manifest=update(metrics=METRICS))),
+    ("step 12 (privacy)", "metrics left out", Edits(**ASKING)),
+    (
+        "step 12 (privacy)",
+        "metrics with less noise than asked for",
+        Edits(**ASKING, manifest=update(metrics=METRICS.model_copy(update={"noise_std": 0.1}))),
+    ),
+    ("step 12 (privacy)", "metrics of a regression", Edits(**ASKING, manifest=update(metrics=OF_A_REGRESSION))),
+    (
+        "step 12 (privacy)",
+        "metrics not charged",
+        Edits(**ASKING | {"statement": update()}, manifest=update(metrics=METRICS)),
+    ),
     ("step 12 (privacy)", "no person's epsilon", Edits(statement=update(person_epsilon=None))),
     (
         "step 12 (privacy)",
@@ -186,6 +224,17 @@ BROKEN: list[tuple[str, str, Edits]] = [
 @pytest.mark.parametrize(("step", "how", "edits"), BROKEN, ids=[f"{step}: {how}" for step, how, _ in BROKEN])
 def test_each_step_broken_alone_is_named(w: World, step: str, how: str, edits: Edits) -> None:
     assert failing(w, edits).startswith(f"{step}: "), how
+
+
+def test_metrics_that_were_asked_for_are_read_with_their_error_bars(w: World) -> None:
+    result = open_result(w.result(Edits(**ASKING, manifest=update(metrics=METRICS))), w.clara, w.expected())
+    assert result.metrics is not None
+    assert result.metrics.accuracy is not None
+    assert result.metrics.accuracy.value == pytest.approx((1 + 200 / 390) / 2)
+    assert result.metrics.accuracy.error == pytest.approx(1.96 * 34.64 * np.hypot(1, 200 / 390) / 390 / 2, rel=1e-3)
+    assert result.provenance()["metrics"]["training accuracy"] == str(result.metrics.accuracy)
+    assert "training accuracy 0.756" in str(result)
+    assert open_result(w.result(), w.clara, w.expected()).metrics is None
 
 
 def test_terms_must_be_those_submitted_from_here(w: World) -> None:

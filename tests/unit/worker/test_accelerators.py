@@ -72,4 +72,4 @@ async def test_the_worker_does_not_start_beside_a_gpu(
     monkeypatch.setattr(accelerators.refuse_devices, "__kwdefaults__", {"folder": tmp_path})
     settings: Any = SimpleNamespace(guest="configfs" if simulation else "simulated")
     with pytest.raises(SetupError, match="'guest' disagree" if simulation else "without a GPU"):
-        await program._serve(settings, ProgramLog("worker"))
+        await program._serve([settings], ProgramLog("worker"))

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from casemate_schemas.audit import AuditCounts, Guesses
 from casemate_schemas.codec import encode
 from casemate_schemas.errors import LicenceError, TrainingError, UnavailableError
-from casemate_worker.executor import StepDone, TrainingProcess
-from casemate_worker.frames import Failure, Progress, frame
+from casemate_schemas.job import Audit, Metrics
+from casemate_schemas.metrics import MetricSums
+from casemate_worker.executor import Report, StepDone, Trained, TrainingProcess
+from casemate_worker.frames import Done, Failure, Progress, frame
 
 STEPS = 5
 
@@ -44,15 +47,18 @@ def failure(reason: str, message: str = "") -> bytes:
     return frame(b"E", encode(Failure(reason=reason, message=message)))
 
 
-async def fed(process: TrainingProcess) -> TrainingProcess:
+def done(**clipping: str) -> bytes:
+    return frame(b"W", encode(Done(clipping=clipping)))
+
+
+async def fed(process: TrainingProcess, audit: Audit | None = None, metrics: Metrics | None = None) -> TrainingProcess:
     """Prepared with a plan of five steps, and fed one dataset."""
 
     async def nothing() -> Any:
         for _ in ():
             yield b""
 
-    spec = Spec(plan=SimpleNamespace(training=SimpleNamespace(steps=STEPS)))
-    await process.prepare(spec, b"")  # type: ignore[arg-type]
+    await process.prepare(spec_of(audit, metrics), b"")  # type: ignore[arg-type]
     await process.feed(nothing())
     return process
 
@@ -66,13 +72,21 @@ class Spec(SimpleNamespace):
         return {}
 
 
+def spec_of(audit: Audit | None = None, metrics: Metrics | None = None) -> Spec:
+    return Spec(plan=SimpleNamespace(training=SimpleNamespace(steps=STEPS), metrics=metrics, audit=audit))
+
+
+async def reports_of(*frames: bytes, audit: Audit | None = None, metrics: Metrics | None = None) -> list[Report]:
+    process = await fed(process_that_says(ready(), ready(), *frames), audit, metrics)
+    return [report async for report in process.train(bytes(32), None)]
+
+
 async def steps_of(*frames: bytes) -> list[int]:
-    process = await fed(process_that_says(ready(), ready(), *frames))
-    return [report.step async for report in process.train(bytes(32), None) if isinstance(report, StepDone)]
+    return [report.step for report in await reports_of(*frames) if isinstance(report, StepDone)]
 
 
 async def test_steps_are_counted_from_the_start_or_from_where_a_checkpoint_was() -> None:
-    end = frame(b"W", b"")
+    end = done()
     assert await steps_of(*progress(1, 2, 3), end) == [1, 2, 3]
     assert await steps_of(*progress(4, 5), end) == [4, 5]
 
@@ -80,7 +94,7 @@ async def test_steps_are_counted_from_the_start_or_from_where_a_checkpoint_was()
 @pytest.mark.parametrize("steps", [(0,), (STEPS + 1,), (1, 3), (2, 2), (3, 2), (4, 5, 6)])
 async def test_steps_that_could_spell_out_something_are_refused(steps: tuple[int, ...]) -> None:
     with pytest.raises(TrainingError):
-        await steps_of(*progress(*steps), frame(b"W", b""))
+        await steps_of(*progress(*steps), done())
 
 
 async def test_progress_that_is_none_is_the_same_failure() -> None:
@@ -96,6 +110,74 @@ async def test_after_data_every_reason_is_one(reason: str) -> None:
 
 
 async def test_before_data_the_reason_is_told() -> None:
-    spec = Spec(plan=SimpleNamespace(training=SimpleNamespace(steps=STEPS)))
     with pytest.raises(LicenceError, match="in words"):
-        await process_that_says(ready(), failure(LicenceError.reason, "in words")).prepare(spec, b"")  # type: ignore[arg-type]
+        await process_that_says(ready(), failure(LicenceError.reason, "in words")).prepare(spec_of(), b"")  # type: ignore[arg-type]
+
+
+async def test_how_it_clipped_comes_with_the_weights() -> None:
+    (*_, last) = await reports_of(*progress(5), frame(b"w", b"weights"), done(weight="ghost", bias="per_sample"))
+    assert last == Trained(b"weights", clipping={"weight": "ghost", "bias": "per_sample"})
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x00", encode(Progress(step=1))])
+async def test_an_end_that_does_not_say_how_it_clipped_is_the_same_failure(payload: bytes) -> None:
+    with pytest.raises(TrainingError):
+        await reports_of(*progress(5), frame(b"W", payload))
+
+
+COUNTS = AuditCounts(guesses=(Guesses(score="likelihood", top=3, bottom=0, correct=2),))
+ANSWER = frame(b"A", encode(COUNTS))
+
+
+async def test_an_audit_ends_with_its_counts_alone() -> None:
+    (*_, last) = await reports_of(*progress(5), ANSWER, done(), audit=Audit(canaries=16))
+    assert last == Trained(b"", audit=COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("audit", "frames"),
+    [
+        (None, [*progress(5), ANSWER, done()]),
+        (Audit(canaries=16), [*progress(5), done()]),
+        (Audit(canaries=16), [*progress(4), ANSWER, done()]),
+        (Audit(canaries=16), [*progress(5), ANSWER, ANSWER, done()]),
+        (Audit(canaries=16), [*progress(5), frame(b"A", b"\x00"), done()]),
+        (Audit(canaries=16), [*progress(5), frame(b"w", b"weights"), ANSWER, done()]),
+        (Audit(canaries=16), [*progress(3), frame(b"c", b"state"), frame(b"C", b""), *progress(4, 5), ANSWER, done()]),
+    ],
+    ids=["in training", "no counts", "too early", "twice", "not counts", "with weights", "with a checkpoint"],
+)
+async def test_nothing_else_comes_of_an_audit_and_counts_of_nothing_else(
+    audit: Audit | None, frames: list[bytes]
+) -> None:
+    with pytest.raises(TrainingError, match="out of step"):
+        await reports_of(*frames, audit=audit)
+
+
+METRICS = Metrics(noise_multiplier=1.0, loss_bound=1.0)
+SUMS = MetricSums(count=9.5, right=2.5, loss=-1.0, noise_std=1.0, loss_bound=1.0)
+TOLD = frame(b"M", encode(SUMS))
+
+
+async def test_metrics_come_once_after_the_last_step_if_they_were_asked_for() -> None:
+    *_, last = await reports_of(*progress(4, 5), TOLD, done(), metrics=METRICS)
+    assert isinstance(last, Trained)
+    assert last.metrics == SUMS
+
+
+@pytest.mark.parametrize(
+    ("frames", "metrics"),
+    [
+        ([*progress(4, 5), TOLD, done()], None),
+        ([*progress(4, 5), done()], METRICS),
+        ([*progress(3, 4), TOLD, done()], METRICS),
+        ([*progress(4, 5), TOLD, TOLD, done()], METRICS),
+        ([*progress(4, 5), frame(b"M", b"rubbish"), done()], METRICS),
+    ],
+    ids=["unasked", "left out", "too early", "twice", "rubbish"],
+)
+async def test_metrics_that_are_not_those_asked_for_are_the_same_failure(
+    frames: list[bytes], metrics: Metrics | None
+) -> None:
+    with pytest.raises(TrainingError):
+        await reports_of(*frames, metrics=metrics)

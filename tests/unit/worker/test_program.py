@@ -26,8 +26,12 @@ async def test_a_worker_that_can_hear_of_no_newer_manifest_ends(monkeypatch: pyt
     class Worker:
         def __init__(self, *_: object, **__: object) -> None: ...
 
-        async def run(self, stop: asyncio.Event) -> None:
-            await stop.wait()
+        pull_wait_s = 5.0
+
+        async def pull(self, wait_s: float) -> None:
+            await asyncio.sleep(wait_s)
+
+        async def close(self) -> None: ...
 
     closed: list[bool] = []
 
@@ -43,7 +47,7 @@ async def test_a_worker_that_can_hear_of_no_newer_manifest_ends(monkeypatch: pyt
     monkeypatch.setattr(program, "ManifestStore", lambda _: None)
     for name, made in {"connect": connect, "ManifestFollower": Follower, "Worker": Worker}.items():
         monkeypatch.setattr(program, name, made)
-    settings = cast("Any", SimpleNamespace(nats_url="", nats_seed_file="", name="worker"))
+    settings = cast("Any", SimpleNamespace(nats_url="", nats_seed_file="", name="worker", nats_tls=lambda: None))
     with pytest.raises(IntegrityError, match="broken"):
-        await asyncio.wait_for(program._serve(settings, ProgramLog("worker")), 10)
+        await asyncio.wait_for(program._serve([settings], ProgramLog("worker")), 10)
     assert closed

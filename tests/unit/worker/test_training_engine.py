@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import get_args
 
@@ -76,42 +74,6 @@ def reference_weights() -> dict[str, Tensor]:
     trainer = _trainer()
     trainer.run()
     return trainer.weights()
-
-
-@pytest.fixture
-def _global_generators() -> Iterator[None]:
-    """Gives the generators of Python, NumPy and PyTorch back as they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(before[0])
-    np.random.set_state(before[1])
-    torch.set_rng_state(before[2])
-
-
-@pytest.mark.usefixtures("_global_generators")
-def test_global_generators_are_neither_used_nor_moved(
-    reference_weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def poisoned(*_args: object, **_kwargs: object) -> None:
-        raise RuntimeError("a global generator was used")
-
-    model, owners = _model(), _owners()
-    random.seed(99)
-    np.random.seed(99)
-    torch.manual_seed(99)
-    for name in ("randn", "rand", "randint", "randperm", "normal", "bernoulli", "randn_like", "rand_like"):
-        monkeypatch.setattr(torch, name, poisoned)
-    for name in ("normal", "standard_normal", "rand", "random", "randint", "default_rng", "permutation"):
-        monkeypatch.setattr(np.random, name, poisoned)
-    for name in ("random", "gauss", "getrandbits", "randint", "shuffle"):
-        monkeypatch.setattr(random, name, poisoned)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-    trainer = Trainer(model, owners, _plan(), expected_batch=Fraction(36), seed=SEED)
-    trainer.run()
-
-    assert _same(trainer.weights(), reference_weights)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -1,0 +1,30 @@
+"""A short ``make chaos``; the long one is for whoever changes the road."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from casemate.local_stack.layout import Layout
+from faults.chaos import JOBS_PER_ROUND, TARGETS, run, schedule
+from support.stack import copy_of
+
+JOBS = 6
+
+
+def test_a_seed_is_a_schedule() -> None:
+    """The same one each time, another for each seed, and nothing is left out."""
+    first, again, other = schedule("1", 100), schedule("1", 100), schedule("2", 100)
+    assert first == again != other
+    assert sum(planned.jobs for planned in first) == 100
+    assert max(planned.jobs for planned in first) == JOBS_PER_ROUND
+    faults = list(itertools.chain.from_iterable(planned.faults for planned in first))
+    assert {fault.kind for fault in faults} == set(TARGETS)
+    assert all(fault.target in TARGETS[fault.kind] for fault in faults)
+
+
+@pytest.mark.timeout(300)
+async def test_a_few_jobs_under_every_second_fault(founded: Layout, tmp_path: Path) -> None:
+    total = await run("1", schedule("1", JOBS), copy_of(founded, tmp_path / "stack"), tmp_path)
+    assert total.total() == JOBS
