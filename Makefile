@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests benchmarks
 
-.PHONY: demo test lint unit integration faults fuzz fuzz-short bench results audit cluster clean
+.PHONY: demo test lint unit integration faults chaos fuzz fuzz-short bench results audit api cluster clean
 
 demo: .venv/.demo ## Three hospitals train one model on this machine (SIMULATED attestation)
 	$(BIN)/casemate demo
@@ -25,6 +25,9 @@ integration: .venv/.dev
 faults: .venv/.dev
 	$(BIN)/pytest tests/faults
 
+chaos: .venv/.dev ## All faults, mixed over JOBS jobs by SEED (drawn if not given), repeatable: a quarter of an hour
+	$(BIN)/python tests/faults/chaos.py --jobs $(or $(JOBS),100) $(if $(SEED),--seed $(SEED))
+
 bench: .venv/.dev ## Every benchmark, a table each: minutes, on a quiet machine
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
 
@@ -36,6 +39,9 @@ audit: .venv/.dev ## The engine audited forty times, and every planted bug: minu
 
 cluster: .venv/.dev ## A cluster of three NATS servers that loses each of them in turn
 	CASEMATE_EVERY_SERVER=1 $(BIN)/pytest tests/integration/operating/test_cluster.py
+
+api: .venv/.dev ## The gateway asked what its description invites to and what it forbids: minutes
+	CASEMATE_API_EXAMPLES=100 $(BIN)/pytest --timeout 1800 tests/integration/gateway/test_description.py
 
 fuzz: .venv/.dev ## A million hostile inputs to what reads evidence: minutes
 	$(BIN)/python tests/fuzz/attestation.py -runs=1000000 -print_final_stats=1

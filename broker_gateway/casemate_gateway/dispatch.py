@@ -91,11 +91,15 @@ class Dispatcher:
             created=record.created,
         )
 
-    async def reconcile(self, entries: Iterable[Entry]) -> None:
-        """These are all jobs that have not ended. What was handed out and lost since is put back into the queue."""
+    def moments(self) -> Mapping[ResourceClass, int]:
+        """When it is, for :meth:`reconcile`; to be asked for before jobs are listed."""
+        return {resource_class: schedule.moment for resource_class, schedule in self._schedules.items()}
+
+    async def reconcile(self, entries: Iterable[Entry], since: Mapping[ResourceClass, int]) -> None:
+        """These were all jobs that had not ended, listed from ``since`` on. What was handed out and lost is put back."""
         found = list(entries)
         for resource_class, schedule in self._schedules.items():
-            schedule.replace(entry for entry in found if entry.resource_class == resource_class)
+            schedule.replace((e for e in found if e.resource_class == resource_class), since[resource_class])
             for job_id in schedule.handed_out:
                 await self._queues[resource_class].publish(job_id)
         self._reconciled.set()

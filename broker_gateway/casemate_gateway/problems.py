@@ -14,6 +14,7 @@ from casemate_schemas.errors import (
     CasemateError,
     MalformedError,
     NotFoundError,
+    QuotaError,
     ThrottledError,
     TooLargeError,
     UnavailableError,
@@ -23,6 +24,7 @@ from casemate_schemas.errors import (
 from .metrics import Metrics
 
 RETRY_AFTER_S = 5
+QUOTA_RETRY_AFTER_S = 60
 
 _HTTP_REASONS = {
     404: NotFoundError.reason,
@@ -41,7 +43,9 @@ def problem(error: CasemateError) -> web.Response:
 
 
 def _retry_after_s(error: UnavailableError) -> int:
-    return max(1, math.ceil(error.retry_after_s)) if isinstance(error, ThrottledError) else RETRY_AFTER_S
+    if isinstance(error, ThrottledError):
+        return max(1, math.ceil(error.retry_after_s))
+    return QUOTA_RETRY_AFTER_S if isinstance(error, QuotaError) else RETRY_AFTER_S
 
 
 def problem_response(status: int, reason: str, detail: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -47,6 +47,8 @@ class Schedule:
         self._later: list[tuple[int, str]] = []
         self._served: dict[str, int] = {}
         self._turn = 0
+        self._moment = 0
+        self._changed: dict[str, int] = {}
 
     def count(self, member: str) -> int:
         """Jobs of a member's that have not ended."""
@@ -56,19 +58,28 @@ class Schedule:
         """The job as it was last seen, until it ended."""
         return self._jobs.get(job_id)
 
-    def replace(self, entries: Iterable[Entry]) -> None:
-        """These are all there are; what is not among them has gone."""
+    @property
+    def moment(self) -> int:
+        """Of the last change; to be asked for before jobs are listed."""
+        return self._moment
+
+    def replace(self, entries: Iterable[Entry], since: int) -> None:
+        """These were all there are at moment ``since``, or soon after; what was seen later than that stays as it was seen."""
         found = {entry.job_id: entry for entry in entries}
-        for job_id in self._jobs.keys() - found.keys():
+        newer = {job_id: moment for job_id, moment in self._changed.items() if moment > since}
+        for job_id in self._jobs.keys() - found.keys() - newer.keys():
             self._forget(job_id)
-        for entry in found.values():
-            self.see(entry)
+        for job_id in found.keys() - newer.keys():
+            self.see(found[job_id])
+        self._changed = newer
 
     def see(self, entry: Entry) -> None:
         """A job is there, or has moved on."""
         known = self._jobs.get(entry.job_id)
         if known == entry:
             return
+        self._moment += 1
+        self._changed[entry.job_id] = self._moment
         self._forget(entry.job_id)
         if entry.state in TERMINAL:
             return

@@ -30,7 +30,10 @@ from .worker import Worker
 
 
 def main() -> None:
-    """Runs until SIGTERM or SIGINT; after SIGUSR1 until the job under way has ended. Exit code 0 then, 2 for a wrong set-up."""
+    """Runs until SIGTERM or SIGINT; after SIGUSR1 or an order to drain until the job under way has ended.
+
+    Exit code 0 then, 2 for a wrong set-up.
+    """
     parser = argparse.ArgumentParser(prog="casemate-worker", description=__doc__)
     parser.add_argument(
         "--settings",
@@ -107,7 +110,13 @@ async def _worker(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> A
         await follower.catch_up()
         manifest = manifests.current.manifest
         log.info("ready", worker=settings.name, number=manifest.number, simulation=manifest.simulation)
-        yield Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
+        worker = Worker(settings, client, lambda: manifests.current, guest, clock=now_ms, log=log)
+        announcing = asyncio.create_task(worker.announcer.run())
+        try:
+            yield worker
+        finally:
+            announcing.cancel()
+            await asyncio.gather(announcing, return_exceptions=True)
         if following.done():
             following.result()
     finally:

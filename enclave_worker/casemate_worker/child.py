@@ -6,6 +6,7 @@ Run by :mod:`.executor` as ``python -I -m casemate_worker.child``; it cuts itsel
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from fractions import Fraction
@@ -18,6 +19,7 @@ from casemate_schemas.job import DATASET_SECTIONS, DatasetUse, JobSpec, Plan
 from casemate_schemas.sections import unpack_sections
 
 from .accelerators import refuse_accelerators
+from .environment import MOST_THREADS
 from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame
 from .isolation import die_before_parent, die_with_parent, forbid_files, isolate
 
@@ -61,14 +63,17 @@ class Child:
 
     def _start(self) -> None:
         start = decode(Start, self._take(b"S"))
-        os.environ["OMP_NUM_THREADS"] = str(start.threads)
+        threads = min(start.threads, MOST_THREADS)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
         # The slow imports happen here, while the parent is still earning its keys.
         from .training import engine  # noqa: F401
+        from .training.rows import check_libraries
 
         refuse_accelerators(simulation=start.simulation)
-        torch.set_num_threads(start.threads)
+        check_libraries()
+        torch.set_num_threads(threads)
 
     def _take_model(self) -> tuple[JobSpec, bytes]:
         spec = decode(JobSpec, self._take(b"S"))
@@ -79,11 +84,15 @@ class Child:
         import torch
         from casemate_models.building import build
         from casemate_models.losses import check_loss
+        from casemate_privacy.hardened import check_hardened
 
         from .privacy_audit import AuditedTraining
         from .training.engine import OwnerData, Trainer
 
         plan, training = spec.plan, spec.plan.training
+        if training.mechanism == "hardened":
+            coordinates = sum(math.prod(parameter.shape) for parameter in spec.model.parameters)
+            check_hardened(coordinates, training.steps, plan.privacy.epsilon, plan.privacy.delta)
         check_loss(spec.model, training.loss, plan.pipeline)
         kind = torch.int64 if training.loss == "cross_entropy" else torch.float32
         record = torch.zeros(1, *spec.model.input_shape), torch.zeros(1, dtype=kind)

@@ -16,6 +16,7 @@ from casemate_schemas.errors import CasemateError, MalformedError, TrainingError
 from casemate_schemas.job import JobSpec
 from casemate_schemas.metrics import MetricSums
 
+from .environment import MOST_THREADS, reproducible_kernels
 from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame_async
 
 _MAX_WEIGHTS_BYTES: Final = 8 << 30
@@ -85,7 +86,7 @@ class TrainingProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env={"OMP_NUM_THREADS": str(threads)},
+            env={"OMP_NUM_THREADS": str(min(threads, MOST_THREADS)), **reproducible_kernels()},
             cwd="/",
         )
         child = cls(process)
@@ -127,6 +128,7 @@ class TrainingProcess:
         await self._write(b"c", b"")
         await self._write(b"T", encode(Train(seed=seed)))
         parts, done, metrics, audit = bytearray(), 0, None, None
+        wanted = self._has_metrics, self._is_audit
         while True:
             tag, payload = await self._next()
             if tag == b"P":
@@ -143,7 +145,7 @@ class TrainingProcess:
                 metrics = _decoded(MetricSums, payload)
             elif tag == b"A" and self._is_audit and audit is None and done == self._last_step:
                 audit = _decoded(AuditCounts, payload)
-            elif tag == b"W" and (metrics is not None, audit is not None) == (self._has_metrics, self._is_audit):
+            elif tag == b"W" and done == self._last_step and (metrics is not None, audit is not None) == wanted:
                 yield Trained(bytes(parts), metrics, audit, _decoded(Done, payload).clipping)
                 return
             else:

@@ -37,6 +37,8 @@ class Settings(ProgramSettings):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """How often a delivery is kept alive and the job's record looked at."""
+    presence_s: Annotated[float, Field(gt=0, le=10)] = 5.0
+    """How often the worker says that it is there, and looks whether it is to take no more jobs."""
     checkpoint_interval_s: Annotated[float, Field(ge=0, le=86400)] = 10.0
     """The shortest time between two checkpoints, whatever the plan asks for: they are kept, and take room."""
     pull_wait_s: Annotated[float, Field(gt=0, le=300)] = 5.0

@@ -23,6 +23,8 @@ class Taker(Protocol):
     """Takes jobs of one consortium."""
 
     pull_wait_s: float
+    drained: asyncio.Event
+    """Set when it is to take no more; the others go on."""
 
     async def pull(self, wait_s: float) -> Delivery | None:
         """A delivery, or None after ``wait_s`` seconds; 0 asks what is there now."""
@@ -35,16 +37,20 @@ class Taker(Protocol):
 
 
 async def serve_in_turn(takers: Sequence[Taker], stop: asyncio.Event, drain: asyncio.Event) -> None:
-    """Handles deliveries until ``stop`` or ``drain`` is set.
+    """Handles deliveries until ``stop`` or ``drain`` is set, or every taker is drained.
 
     ``stop`` gives up a job under way, which is then delivered to another worker; ``drain`` lets it end first.
     """
     order = list(takers)
     ending = [asyncio.create_task(event.wait()) for event in (stop, drain)]
+    leaving = {taker: asyncio.create_task(taker.drained.wait()) for taker in order}
     try:
-        while not (stop.is_set() or drain.is_set()):
+        while (order := [taker for taker in order if not taker.drained.is_set()]) and not (
+            stop.is_set() or drain.is_set()
+        ):
             pulling = asyncio.create_task(_next(order))
-            await asyncio.wait({pulling, *ending}, return_when=asyncio.FIRST_COMPLETED)
+            watched = {pulling, *ending, *(leaving[taker] for taker in order)}
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
             found = await _finished(pulling)
             if found is None:
                 continue
@@ -54,7 +60,7 @@ async def serve_in_turn(takers: Sequence[Taker], stop: asyncio.Event, drain: asy
             await asyncio.wait({handling, ending[0]}, return_when=asyncio.FIRST_COMPLETED)
             await _finished(handling)
     finally:
-        for task in ending:
+        for task in (*ending, *leaving.values()):
             task.cancel()
         for taker in takers:
             await taker.close()

@@ -59,6 +59,7 @@ from .isolation import SECCOMP
 from .job_input import OpenedJob, open_dataset, open_job
 from .key_schedule import attempt_seed, fresh_entropy
 from .keys import Keys, check_cover, committed_digest, request_grant
+from .presence import Announcer
 from .sealed_output import SealedOutput, commit, granted, release
 from .settings import Settings
 
@@ -82,6 +83,16 @@ class Worker:
     ) -> None:
         """``consortium`` gives the newest one known. An attempt keeps the one that it began with."""
         self.pull_wait_s = settings.pull_wait_s
+        self._is_working = False
+        self.announcer = Announcer(
+            settings,
+            client,
+            is_working=lambda: self._is_working,
+            manifest_number=lambda: consortium().manifest.number,
+            clock=clock,
+            log=log,
+        )
+        self.drained = self.announcer.drained
         self._resting_until = 0.0
         self._settings = settings
         self._client = client
@@ -123,6 +134,7 @@ class Worker:
         3. Acknowledge last; or let the kind of error decide what becomes of job and delivery.
         """
         record: JobRecord | None = None
+        self._is_working = True
         try:
             record = await self._claim(delivery)  # 1
             if record is not None:
@@ -133,6 +145,8 @@ class Worker:
         except Exception as error:
             # Whatever nobody foresaw: say its class, leave the delivery to time out and go to another worker.
             self._log.error("delivery_failed", job_id=delivery.job_id, error=type(error).__name__)
+        finally:
+            self._is_working = False
 
     async def _work(self, record: JobRecord) -> None:
         """The straight road of one attempt (docs/protocol.md, "One job").
@@ -184,12 +198,14 @@ class Worker:
         progress, saving = _Throttle(_EVENT_INTERVAL_S), _Throttle(self._settings.checkpoint_interval_s)
         async for report in child.train(seed, await self._last_checkpoint(record, resume_key)):
             match report:
-                case StepDone(step) if progress.due():
+                case StepDone(step) if progress.is_due():
                     await self._tell(attempt, job, step)
-                case CheckpointReady(step, state) if saving.due():
+                    progress.wait()
+                case CheckpointReady(step, state) if saving.is_due():
                     digest = await self._output.put("checkpoint", [state], attempt, resume_key, created=self._clock())
                     await self._revise(attempt, checkpoint=digest)
                     self._log.info("checkpoint", job_id=attempt.job_id, attempt=attempt.number, step=step)
+                    saving.wait()
                 case Trained():
                     return await self._upload(attempt, job, evidence, keys, child, report)
         raise TrainingError("the training process ended without weights")
@@ -362,19 +378,19 @@ class Worker:
 
 
 class _Throttle:
-    """Says yes at most once an interval."""
+    """Leaves an interval between two turns, from the end of one: what takes longer than that is not done all the time."""
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
         self._next = 0.0
 
-    def due(self) -> bool:
-        """Whether the interval since the last yes is over."""
-        now = asyncio.get_running_loop().time()
-        if now < self._next:
-            return False
-        self._next = now + self._interval_s
-        return True
+    def is_due(self) -> bool:
+        """Whether the interval is over."""
+        return asyncio.get_running_loop().time() >= self._next
+
+    def wait(self) -> None:
+        """The interval begins now."""
+        self._next = asyncio.get_running_loop().time() + self._interval_s
 
 
 async def _ended(*tasks: asyncio.Task[None]) -> None:

@@ -25,6 +25,7 @@ from casemate_schemas.errors import (
 )
 from casemate_schemas.grant import AuditEntry
 from casemate_schemas.identity import Delegation
+from casemate_schemas.job import Plan
 from casemate_schemas.licence import (
     Approvals,
     Awaiting,
@@ -204,7 +205,7 @@ def show(tx: Transaction, case: Case, charges: Sequence[Charge], party: Party, n
     return ApprovalShown(
         terms=case.signed,
         uses=uses,
-        given=tuple(item for use in case.uses for item in _given(use, words, now)),
+        given=tuple(item for use in case.uses for item in _given(use, case.terms.terms.plan, words, now)),
         state="denied" if denied else "awaiting" if missing else "approved",
     )
 
@@ -226,15 +227,15 @@ def _case(tx: Transaction, signed: Signed, party: Party, person: Delegation) -> 
 
 def _concerns(use: OwnedUse, terms: VerifiedTerms, party: Party, person: Delegation) -> bool:
     """Whether the use waits for approvals that this person can give, or has to look after for its owner."""
-    asked = _asked(use)
+    asked = _asked(use, terms.terms.plan)
     looks_after = person.member == use.use.owner and bool({"steward", "admin"} & set(person.roles))
     counted = any(may_approve(approvals, actor_of(person), terms.submitter_actor) for _, approvals in asked)
     return bool(asked) and use.use.owner in party.serves and (looks_after or counted)
 
 
-def _asked(use: OwnedUse) -> list[tuple[Permission, Approvals]]:
-    """What a job of this use needs approvals for."""
-    found = (use.dataset.licence.permission(action) for action in prechecks.ACTIONS)
+def _asked(use: OwnedUse, plan: Plan) -> list[tuple[Permission, Approvals]]:
+    """What a job of this plan needs approvals for."""
+    found = (use.dataset.licence.permission(action) for action in prechecks.actions_of(plan))
     return [(item, item.approvals) for item in found if item is not None and item.approvals is not None]
 
 
@@ -256,7 +257,7 @@ def _use(
 ) -> ApprovalUse:
     """The licence may forbid the job since; then nothing is awaited, and the next precheck says so."""
     awaited = []
-    for permission, approvals in _asked(use):
+    for permission, approvals in _asked(use, case.terms.terms.plan):
         outcome = prechecks.check_action(permission.action, use, case.terms, now, None, given)
         missing = outcome.missing[0].count if isinstance(outcome, Awaiting) else 0
         awaited.append(AwaitedApprovals(action=permission.action, count=approvals.count, missing=missing))
@@ -269,9 +270,11 @@ def _use(
     )
 
 
-def _given(use: OwnedUse, words: Sequence[tuple[_Row, VerifiedApproval | None]], now: int) -> list[ApprovalGiven]:
+def _given(
+    use: OwnedUse, plan: Plan, words: Sequence[tuple[_Row, VerifiedApproval | None]], now: int
+) -> list[ApprovalGiven]:
     """What was said under the licence of one use."""
-    valid_ms = 1000 * max(approvals.valid_s for _, approvals in _asked(use))
+    valid_ms = 1000 * max(approvals.valid_s for _, approvals in _asked(use, plan))
     found = []
     for row, approval in words:
         said = row.signed.peek(Approval)
@@ -333,9 +336,11 @@ def give(
 
 
 def _check_counted(case: Case, said: VerifiedApproval) -> None:
+    terms = case.terms
     for use in case.uses:
+        asked = _asked(use, terms.terms.plan)
         if use.use.licence == said.licence and any(
-            may_approve(approvals, said.approver, case.terms.submitter_actor) for _, approvals in _asked(use)
+            may_approve(approvals, said.approver, terms.submitter_actor) for _, approvals in asked
         ):
             return
     raise AuthorisationError("no licence in force counts your word on this job")

@@ -183,8 +183,9 @@ def check_licences(
 
     Returns whether approvals are still missing, for :func:`check_outcome`; raises :class:`LicenceError` for the rest.
     """
+    actions = actions_of(verified.terms.plan)
     outcome = together(
-        check_action(action, owned, verified, now, measurement, approvals) for owned in uses for action in ACTIONS
+        check_action(action, owned, verified, now, measurement, approvals) for owned in uses for action in actions
     )
     if isinstance(outcome, Refused):
         check_outcome(outcome)
@@ -216,7 +217,7 @@ def check_action(
 
 
 def price(uses: tuple[OwnedUse, ...], plan: Plan) -> tuple[Charge, ...]:
-    """What the plan costs each dataset, within each licence's cap on one job. Up to a second of work each.
+    """What the plan costs each dataset, within each licence's cap on one job. Seconds of work each, at worst.
 
     Raises :class:`BudgetError` or :class:`ParameterError`.
     """
@@ -237,8 +238,9 @@ def verified_terms(signed: Signed, party: Party, *, is_committed: bool = False) 
     return verified
 
 
-ACTIONS: Final[tuple[Action, ...]] = ("train", "read_result")
-"""What a job does with a dataset."""
+def actions_of(plan: Plan) -> tuple[Action, ...]:
+    """What a job does with each of its datasets: metrics, where it releases some, are read by leave of their own."""
+    return ("train", "read_result") if plan.metrics is None else ("train", "read_result", "read_metrics")
 
 
 def _check_unit(use: DatasetUse, card: DatasetCard) -> None:

@@ -40,7 +40,8 @@ class User:
 def accounts(users: Sequence[User]) -> dict[str, Any]:
     """The ``accounts`` section: who lives where, and the only services that cross from one account to another.
 
-    Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account, key brokers
+    Workers reach :data:`~casemate_schemas.subjects.WORKER_SERVICES` of the gateway's account, and about themselves
+    :data:`~casemate_schemas.subjects.PRESENCE_SERVICES`; key brokers
     :data:`~casemate_schemas.subjects.KEY_BROKER_SERVICES` and each its own ledger's head; gateway and workers reach each
     key broker's requests. The gateway's account alone has JetStream, and may ask every server how it keeps streams: for
     that the configuration's ``system_account`` must be :data:`~casemate_schemas.subjects.SYSTEM_ACCOUNT`.
@@ -57,11 +58,13 @@ def accounts(users: Sequence[User]) -> dict[str, Any]:
         )
         for subject in shared
     ]
+    offered += [_offer(subject, WORKER_ACCOUNT) for subject in subjects.PRESENCE_SERVICES]
     for name in key_brokers:
         own = subjects.key_broker_account(name)
         offered += [_offer(subject, own) for subject in subjects.ledger_head_services(name)]
     manifests = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.KEY_BROKER_SERVICES]
-    wanted = [_service(GATEWAY_ACCOUNT, subject) for subject in subjects.WORKER_SERVICES]
+    of_workers = (*subjects.WORKER_SERVICES, *subjects.PRESENCE_SERVICES)
+    wanted = [_service(GATEWAY_ACCOUNT, subject) for subject in of_workers]
     of_servers = _service(SYSTEM_ACCOUNT, SERVER_STATUS)
     sections: dict[str, Any] = {
         SYSTEM_ACCOUNT: {"exports": [_offer(SERVER_STATUS, GATEWAY_ACCOUNT)]},

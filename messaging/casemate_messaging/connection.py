@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
@@ -178,10 +179,13 @@ async def publish_once(js: JetStreamContext, subject: str, payload: bytes) -> bo
 
 @contextlib.contextmanager
 def translated(action: str) -> Iterator[None]:
-    """Raises errors of NATS inside the block as errors of our tree; ``action`` says what was being done."""
+    """Raises errors of NATS inside the block as errors of our tree; ``action`` says what was being done.
+
+    An answer that is not the JSON it should be is one of them: nats-py 2.16 lets that one through.
+    """
     try:
         yield
-    except (nats.errors.Error, OSError, TimeoutError) as error:
+    except (nats.errors.Error, OSError, TimeoutError, json.JSONDecodeError) as error:
         raise casemate_error(error, action) from error
 
 

@@ -10,7 +10,7 @@ from typing import Final
 import nats.js.errors
 from casemate_schemas import subjects
 from casemate_schemas.codec import decode, encode
-from casemate_schemas.errors import ConflictError, IntegrityError, MalformedError
+from casemate_schemas.errors import CasemateError, ConflictError, IntegrityError, MalformedError
 from casemate_schemas.job_state import JobRecord
 from nats.aio.client import Client
 from nats.js.kv import KeyValue
@@ -39,6 +39,7 @@ class JobStore:
             js=client.jetstream(timeout=REQUEST_TIMEOUT_S),
             direct=True,
         )
+        self._newest: tuple[JobRecord, int] | None = None
 
     async def create(self, record: JobRecord) -> tuple[JobRecord, int, bool]:
         """Stores a new job, durably; or returns the record that already has its id.
@@ -73,18 +74,31 @@ class JobStore:
     async def change(self, job_id: str, fn: Callable[[JobRecord], JobRecord]) -> JobRecord:
         """Applies the pure ``fn`` to the newest record until no one else got in between; returns what was stored.
 
+        What this store itself wrote last is tried first without being read again: only the server, which compares
+        revisions, decides, and nothing but a write is ever concluded from it.
+
         ``fn`` may be called several times and may raise to refuse; returning its argument changes nothing. Raises
         what ``fn`` raises, :class:`ConflictError` after many lost races, and as :meth:`get` and :meth:`update`.
         """
+        known = self._newest if self._newest is not None and self._newest[0].job_id == job_id else None
         for _ in range(_MAX_TRIES):
-            record, revision = await self.get(job_id)
-            changed = fn(record)
+            is_guess, (record, revision) = known is not None, known or await self.get(job_id)
+            known = None
+            try:
+                changed = fn(record)
+            except CasemateError:
+                if is_guess:
+                    continue
+                raise
             if changed == record:
+                if is_guess:
+                    continue
                 return record
             try:
-                await self.update(changed, revision)
+                self._newest = changed, await self.update(changed, revision)
             except ConflictError:
-                await asyncio.sleep(_RETRY_S * random.random())  # noqa: S311 - spreads rivals, guards nothing
+                if not is_guess:
+                    await asyncio.sleep(_RETRY_S * random.random())  # noqa: S311 - spreads rivals, guards nothing
                 continue
             return changed
         raise ConflictError(f"job {job_id} changed {_MAX_TRIES} times meanwhile")

@@ -35,7 +35,8 @@ class StreamSettings:
     max_jobs_queued: int = 100_000
     max_events_per_job: int = 4096
     event_age_s: float = 30 * _DAY_S
-    nonce_age_s: float = 600.0
+    nonce_age_s: float = 180.0
+    """Longer than a signature counts, both ways: a nonce that was forgotten belongs to a request that is too old."""
     ack_wait_s: float = 30.0
     max_deliver: int = -1
     """Deliveries of one job; without a bound (-1) its deadline ends it, and nothing is ever left undeliverable."""
@@ -93,6 +94,15 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             allow_direct=True,
         ),
         _stream(
+            subjects.WORKER_STREAM,
+            "casemate.worker.*.*",
+            settings,
+            discard=DiscardPolicy.OLD,
+            max_msgs_per_subject=1,
+            max_age=_DAY_S,
+            allow_direct=True,
+        ),
+        _stream(
             subjects.JOB_STREAM, f"$KV.{subjects.JOB_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
         ),
         _stream(
@@ -118,7 +128,7 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             settings,
             max_msgs_per_subject=1,
             max_age=settings.nonce_age_s,
-            max_bytes=64 << 20,
+            max_bytes=256 << 20,
             duplicate_window=min(_DUPLICATE_WINDOW_S, settings.nonce_age_s),
         ),
     ]

@@ -147,11 +147,19 @@ class UploadStore:
         await self._blobs.discard(state.digest, state.segments)
 
     async def list(self, member: str = "*") -> AsyncIterator[tuple[UploadState, int]]:
-        """Every upload (of one member) that has not ended. Raises as :meth:`get`."""
+        """Every upload (of one member) that has not ended, nor lost its state: nobody can go on with such a one.
+
+        Raises :class:`UnavailableError`.
+        """
         subject = f"$KV.{subjects.UPLOAD_BUCKET}.{member if member == '*' else token(member)}.*"
         async for stored in read_all(self._client, subjects.UPLOAD_STREAM, subject, batch=16):
-            if not _is_removed(stored):
-                yield _decoded(stored.data), stored.sequence
+            if _is_removed(stored):
+                continue
+            try:
+                state = _decoded(stored.data)
+            except IntegrityError:
+                continue
+            yield state, stored.sequence
 
     def _hasher(self, state: UploadState) -> Hasher | None:
         """The hash of what is stored so far, if it is known here."""

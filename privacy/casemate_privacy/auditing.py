@@ -23,7 +23,7 @@ from functools import lru_cache
 from typing import Final, get_args
 
 import numpy as np
-from casemate_schemas.audit import AuditCounts, AuditReport, Guesses, Score
+from casemate_schemas.audit import AuditCounts, AuditReport, Guesses, Score, padding_of
 from casemate_schemas.errors import ParameterError
 from casemate_schemas.job import Plan
 from numpy.typing import NDArray
@@ -205,6 +205,7 @@ def audit_report(plan: Plan, counts: AuditCounts) -> AuditReport:
         one_run_epsilon=point,
         profile_epsilon=0.0 if factor is None else epsilon(scaled(event, factor), delta),
         guesses=counts.guesses,
+        padding=padding_of(counts.guesses),
     )
 
 

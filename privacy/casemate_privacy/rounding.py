@@ -98,3 +98,21 @@ def exact_clipping_norm(
             f"multiplier {noise_multiplier:g}, batches of {expected_batch:.0f}): use hardened noise"
         )
     return clipping_norm * (1 - reserve) * (1 - 2.0**-50)
+
+
+def hardened_clipping_norm(clipping_norm: float, expected_batch: float, positions: int = 0) -> float:
+    """The norm to clip to under ``hardened`` noise, so that float64 sums have sensitivity ``clipping_norm``.
+
+    As :func:`exact_clipping_norm`, without the grid, because noise is added before anything is rounded to one.
+
+    Raises :class:`~casemate_schemas.errors.ParameterError` where more than a 64th of C would be lost.
+
+    >>> 1 - hardened_clipping_norm(1.0, 256.0) < 1e-10
+    True
+    """
+    reserve = rounding_reserve(0.0, 0, expected_batch, positions)
+    if not reserve <= MAX_RESERVE:
+        raise ParameterError(
+            f"rounding would take {reserve:.2g} of the clipping norm (batches of {expected_batch:.0f}): use smaller batches"
+        )
+    return clipping_norm * (1 - reserve) * (1 - 2.0**-50)

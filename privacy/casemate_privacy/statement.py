@@ -66,7 +66,8 @@ def planned_epsilon(plan: Plan, step: int) -> float:
     """The largest owner's epsilon after ``step`` steps, at the plan's delta."""
     if step == 0:
         return 0.0
-    return max(epsilon(job_event(plan, use, step), plan.privacy.delta) for use in plan.datasets)
+    use = max(plan.datasets, key=lambda use: use.sample_rate.fraction)  # the noise is the same for all
+    return epsilon(job_event(plan, use, step), plan.privacy.delta)
 
 
 def _person(events: list[ScheduledEvent], delta: float) -> float | None:

@@ -30,6 +30,7 @@ ENVELOPES_PATH: Final = "/v1/envelopes"
 UPLOADS_PATH: Final = "/v1/uploads"
 KEY_BROKERS_PATH: Final = "/v1/key-brokers"
 JOBS_PATH: Final = "/v1/jobs"
+WORKERS_PATH: Final = "/v1/workers"
 
 TUS_VERSION: Final = "1.0.0"
 """Of the protocol for resumable uploads: https://tus.io/protocols/resumable-upload."""
@@ -111,3 +112,22 @@ class JobList(JsonModel):
     """Jobs of the asking person's member, newest first."""
 
     jobs: tuple[JobStatus, ...]
+
+
+class PresentWorker(JsonModel):
+    """A worker as it announced itself: its own word, which no key broker goes by."""
+
+    worker: str
+    state: str
+    """``waiting``, ``working``, ``draining``, or ``silent``: it has not been heard for a while."""
+    since: int
+    """When its program was started, by its own clock."""
+    heard: int
+    """When NATS last heard of it."""
+    manifest_number: int
+
+
+class PresentWorkers(JsonModel):
+    """The workers of the last day, by name."""
+
+    workers: tuple[PresentWorker, ...]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from .codec import WireModel
+from .codec import WireModel, pack
 from .job import MAX_CANARIES, Rational
 
 Score = Literal["likelihood", "spread"]
@@ -46,6 +47,11 @@ class AuditCounts(WireModel):
     guesses: Annotated[tuple[Guesses, ...], Field(min_length=1, max_length=64)]
 
 
+def padding_of(guesses: Sequence[Guesses]) -> bytes:
+    """Zeros for what the numbers of right guesses are shorter than the longest there can be, in bytes as encoded."""
+    return bytes(sum(len(pack(MAX_CANARIES)) - len(pack(item.correct)) for item in guesses))
+
+
 class AuditReport(WireModel):
     """Lower bounds on epsilon at ``delta`` beside the epsilon that is guaranteed to whom the canaries stand for.
 
@@ -64,6 +70,8 @@ class AuditReport(WireModel):
     profile_epsilon: Annotated[float, Field(ge=0)]
     """Lower bound in terms of the mechanism's whole privacy profile: its epsilon with the noise that the guesses just refute."""
     guesses: Annotated[tuple[Guesses, ...], Field(min_length=1, max_length=64)]
+    padding: Annotated[bytes, Field(max_length=128)]
+    """Makes all reports of a plan equally long (:func:`padding_of`): sizes of results are seen before the commit."""
 
     @property
     def epsilon_lower(self) -> float:

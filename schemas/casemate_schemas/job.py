@@ -22,7 +22,8 @@ MAX_CANARIES: Final = 10_000
 """Bound on the canaries of one audit: each is some numbers more in every step's noise."""
 MIN_NOISE_MULTIPLIER: Final = 0.3
 MAX_NOISE_MULTIPLIER: Final = 1e4
-MAX_NOISE_PHASES: Final = 32
+MAX_NOISE_PHASES: Final = 8
+"""Each phase is a second of accounting more, for every key broker and dataset."""
 MAX_PADDED_UNITS: Final = 1 << 24
 """With padded batches each step looks at every privacy unit that may be there: so many at most."""
 

@@ -12,6 +12,8 @@
     casemate.manifest.<number>                    signed consortium manifests         stream MANIFESTS
     casemate.revocation.<digest>                  revocations of delegations          stream REVOCATIONS
     casemate.ledger-head.<key broker>             newest head of each ledger          stream LEDGER_HEADS
+    casemate.worker.<worker>.presence             that a worker is there              stream WORKERS
+    casemate.worker.<worker>.drain                that it is to take no more jobs     stream WORKERS
     $KV.jobs.<job>                                job records                         stream KV_jobs
     $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
     $KV.uploads.<member>.<digest>                 uploads that have not ended         stream KV_uploads
@@ -68,6 +70,7 @@ HEAD_STREAM: Final = "ENVELOPE_HEADS"
 MANIFEST_STREAM: Final = "MANIFESTS"
 REVOCATION_STREAM: Final = "REVOCATIONS"
 LEDGER_HEAD_STREAM: Final = "LEDGER_HEADS"
+WORKER_STREAM: Final = "WORKERS"
 JOB_BUCKET: Final = "jobs"
 JOB_STREAM: Final = "KV_jobs"
 NONCE_BUCKET: Final = "nonces"
@@ -172,6 +175,26 @@ def ledger_head_services(key_broker_id: str) -> tuple[str, ...]:
     return subject, f"$JS.API.DIRECT.GET.{LEDGER_HEAD_STREAM}.{subject}"
 
 
+def worker_presence(worker: str) -> str:
+    """Subject on which a worker says that it is there."""
+    return f"casemate.worker.{token(worker)}.presence"
+
+
+def worker_drain(worker: str) -> str:
+    """Subject of the order to a worker to take no more jobs."""
+    return f"casemate.worker.{token(worker)}.drain"
+
+
+EVERY_WORKER_PRESENCE: Final = "casemate.worker.*.presence"
+"""Subjects of what all workers say of themselves."""
+
+PRESENCE_SERVICES: Final = (
+    EVERY_WORKER_PRESENCE,
+    f"$JS.API.DIRECT.GET.{WORKER_STREAM}.casemate.worker.*.drain",
+)
+"""What the gateway's account offers to the workers' besides: each worker may use them about itself only."""
+
+
 def inbox_prefix(user: str) -> str:
     """Prefix of the inboxes that only ``user`` may subscribe to."""
     return f"_INBOX_{token(user)}"
@@ -235,6 +258,7 @@ _READ_THROUGH: Final = (
     HEAD_STREAM,
     UPLOAD_STREAM,
     STORED_STREAM,
+    WORKER_STREAM,
 )
 """Streams that the gateway reads from end to end."""
 
@@ -254,6 +278,7 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             f"$JS.API.DIRECT.GET.{LEASE_STREAM}.$KV.{LEASE_BUCKET}.*",
             "casemate.manifest.*",
             EVERY_REVOCATION,
+            "casemate.worker.*.drain",
             *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
             *(f"$JS.API.STREAM.PURGE.{stream}" for stream in _PURGEABLE),
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
@@ -273,9 +298,10 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
 
 
 def worker_permissions(user: str) -> Permissions:
-    """A worker uses the services offered to workers, and asks key brokers for keys."""
+    """A worker uses the services offered to workers, asks key brokers for keys, and speaks of itself alone."""
+    own = (worker_presence(user), f"$JS.API.DIRECT.GET.{WORKER_STREAM}.{worker_drain(user)}")
     return Permissions(
-        publish=(*(f"casemate.kb.*.{op}" for op in WORKER_OPS), *WORKER_SERVICES),
+        publish=(*(f"casemate.kb.*.{op}" for op in WORKER_OPS), *WORKER_SERVICES, *own),
         subscribe=(f"{inbox_prefix(user)}.>",),
     )
 

@@ -15,7 +15,7 @@ from casemate_privacy.owners import Choice
 from casemate_schemas import api
 from casemate_schemas import consortium as _consortium
 from casemate_schemas.attestation_policy import AttestationPolicy
-from casemate_schemas.codec import encode
+from casemate_schemas.codec import Name, encode
 from casemate_schemas.consortium import ConsortiumManifest, verify_delegation
 from casemate_schemas.custody import (
     BackUpState,
@@ -45,6 +45,7 @@ from casemate_schemas.requests import (
     WorkerList,
 )
 from casemate_schemas.signatures import Signed, sign
+from pydantic import TypeAdapter
 
 from . import approvals as _approvals
 from . import custody as _custody
@@ -317,6 +318,22 @@ class Consortium:
         member = self._session.identity.delegation.member
         broker = self.manifest.key_broker_of(member)
         return await self._session.ask(broker, ShowWorkers(), WorkerList)
+
+    async def present_workers(self) -> tuple[api.PresentWorker, ...]:
+        """The workers that announced themselves within a day: what they say of themselves, by the gateway's word."""
+        answer = await self._session.gateway.get(api.WORKERS_PATH, max_bytes=MAX_LIST_BYTES)
+        return read_json(api.PresentWorkers, answer.body).workers
+
+    async def drain_worker(self, worker: str) -> api.PresentWorker:
+        """Has a worker end its job, take no other, and end itself. For admins; it hears of it within ten seconds.
+
+        Raises :class:`ParameterError` for what is no name, :class:`~casemate_schemas.errors.NotFoundError` for a worker
+        that did not announce itself within a day.
+        """
+        with parameter_errors("worker"):
+            name = TypeAdapter(Name).validate_python(worker)
+        answer = await self._session.gateway.post(f"{api.WORKERS_PATH}/{name}/drain", max_bytes=MAX_LIST_BYTES)
+        return read_json(api.PresentWorker, answer.body)
 
     async def attest_key_broker(
         self, key_broker: str, *, policy: AttestationPolicy | None = None

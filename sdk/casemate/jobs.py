@@ -59,7 +59,7 @@ async def train(session: Session, request: TrainingRequest) -> Job:
     3. Trace the model and infer pipeline and loss; plan rates and noise for the privacy target.
     4. Model and plan make the job; if this id was submitted from here before, it must be the same job.
     5. Sign the terms; seal the job to the own key broker and the terms to all key brokers concerned.
-    6. Remember what is submitted, then submit it.
+    6. Remember what is submitted, then submit it: of two calls at once under one id, both submit what the first remembered.
     """
     check_request(request)  # 1
     datasets = await find_datasets(session, request.datasets)  # 2
@@ -75,8 +75,11 @@ async def train(session: Session, request: TrainingRequest) -> Job:
         return await submit(session, known.submission, job_id)
     signed_terms = sign_terms(session, spec, weights, deadline_s=request.deadline_s)  # 5
     submission = await seal_job(session, spec, signed_terms, weights)
-    session.state.remember_job(SubmittedJob(job_id=job_id, salt=salt, terms=signed_terms, submission=submission))  # 6
-    return await submit(session, submission, job_id)
+    mine = SubmittedJob(job_id=job_id, salt=salt, terms=signed_terms, submission=submission)
+    kept = session.state.remember_job(mine)  # 6
+    if kept != mine:
+        _check_same_job(kept, spec.model_copy(update={"salt": kept.salt}), weights)
+    return await submit(session, kept.submission, job_id)
 
 
 def sign_terms(session: Session, spec: JobSpec, weights: bytes, *, deadline_s: float) -> Signed:

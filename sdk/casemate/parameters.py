@@ -157,8 +157,8 @@ class Privacy:
     """The guarantee asked for, for each owner's data, under adding or removing one privacy unit.
 
     Args:
-        epsilon: in (0, 1000].
-        delta: in (0, 0.5); well below one over the number of records.
+        epsilon: in [0.001, 100].
+        delta: in [1e-10, 0.5]; well below one over the number of records.
         clipping_norm: bound on the gradient of each privacy unit, in L2 norm, in [1e-6, 1e6].
         unit: what every dataset's card protects: one ``record``, or all records of one ``subject``.
 

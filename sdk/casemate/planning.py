@@ -13,8 +13,9 @@ from typing import Any, Final, Literal, get_args
 
 from casemate_privacy.accounting import epsilon
 from casemate_privacy.calibration import noise_multiplier
+from casemate_privacy.hardened import check_hardened
 from casemate_privacy.owners import Choice, OwnersPlan, OwnerTarget, plan_job, weigh_choices
-from casemate_privacy.rounding import exact_clipping_norm
+from casemate_privacy.rounding import exact_clipping_norm, hardened_clipping_norm
 from casemate_privacy.shapes import JobShape
 from casemate_schemas import job as wire
 from casemate_schemas.codec import digest_of
@@ -176,7 +177,7 @@ def plan_training(
     owners = plan_rates(request, datasets)  # 3
     with parameter_errors("plan"):
         plan = _plan(request, datasets, pipeline, loss, owners, recipients, model)
-    _check_mechanism(plan, model)
+    _check_mechanism(plan, model, datasets)
     return plan, model, weights
 
 
@@ -386,12 +387,21 @@ def _subject_use(card: DatasetCard) -> wire.SubjectUse | None:
     return wire.SubjectUse(max_records=card.max_records_per_subject, bound=units_of(card))
 
 
-def _check_mechanism(plan: Plan, model: ModelSpec) -> None:
-    """Raises :class:`ParameterError` where exact noise would take too much of the clipping norm, as a worker would."""
-    if plan.training.mechanism == "exact":
-        coordinates = sum(math.prod(parameter.shape) for parameter in model.parameters)
-        sigma = max(sigma for _, sigma in plan.training.noise_phases)
-        exact_clipping_norm(plan.training.clipping_norm, sigma, coordinates, float(plan.expected_batch))
+def _check_mechanism(plan: Plan, model: ModelSpec, datasets: Sequence[Dataset]) -> None:
+    """Raises :class:`ParameterError` where a worker would, or noise would be worth less than an owner's licence is told.
+
+    ``exact`` noise may take too much of the clipping norm; ``hardened`` noise may add too much to epsilon or delta.
+    """
+    training, batch = plan.training, float(plan.expected_batch)
+    coordinates = sum(math.prod(parameter.shape) for parameter in model.parameters)
+    if training.mechanism == "exact":
+        sigma = max(sigma for _, sigma in training.noise_phases)
+        exact_clipping_norm(training.clipping_norm, sigma, coordinates, batch)
+        return
+    hardened_clipping_norm(training.clipping_norm, batch)
+    epsilon = min(plan.privacy.epsilon, *(dataset.licence.epsilon_per_job for dataset in datasets))
+    delta = min(plan.privacy.delta, *(dataset.licence.delta for dataset in datasets))
+    check_hardened(coordinates, training.steps, epsilon, delta)
 
 
 def _pipeline(request: TrainingRequest, features: Sequence[Column], target: Column, loss: Loss) -> PipelineSpec:

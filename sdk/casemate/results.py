@@ -134,7 +134,7 @@ class Result:
             "obligations": self.obligations(),
             "privacy": self.privacy.model_dump(mode="json"),
             "metrics": None if self.metrics is None else self.metrics.summary(),
-            "audit": None if self.audit is None else self.audit.model_dump(mode="json"),
+            "audit": None if self.audit is None else self.audit.model_dump(mode="json", exclude={"padding"}),
             "clipping": self.manifest.clipping,
             "software": self.manifest.software,
             "isolation": self.manifest.isolation,

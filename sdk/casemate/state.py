@@ -73,10 +73,13 @@ class State:
             self._write("pin", Pin(number=verified.manifest.number, digest=verified.digest))
         return verified, pin is None
 
-    def remember_job(self, job: SubmittedJob) -> None:
-        """Keep what was submitted."""
+    def remember_job(self, job: SubmittedJob) -> SubmittedJob:
+        """Keep what is to be submitted, unless something was kept under that id before; what is kept."""
         with self._locked():
-            self._write(_job_file(job.job_id), job)
+            known = self._read(SubmittedJob, _job_file(job.job_id))
+            if known is None:
+                self._write(_job_file(job.job_id), job)
+        return known or job
 
     def job(self, job_id: str) -> SubmittedJob | None:
         """What was submitted from here under that id."""

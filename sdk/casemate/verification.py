@@ -40,6 +40,8 @@ from .identity import Identity
 MAX_RESULT_BYTES: Final = 4 << 30
 MAX_MANIFEST_BYTES: Final = 2 << 20
 _RELATIVE_TOLERANCE: Final = 1e-6
+_ABSOLUTE_TOLERANCE: Final = 1e-6
+"""Of figures near zero, which are ends of bisections."""
 _BOUNDS: Final = {"epsilon", "one_run_epsilon", "profile_epsilon"}
 
 
@@ -388,7 +390,7 @@ def _same(what: str, got: str, expected: str) -> None:
 
 
 def _close(what: str, got: float, expected: float) -> None:
-    if not math.isclose(got, expected, rel_tol=_RELATIVE_TOLERANCE):
+    if not math.isclose(got, expected, rel_tol=_RELATIVE_TOLERANCE, abs_tol=_ABSOLUTE_TOLERANCE):
         raise ReleaseError(f"{what}: stated {got!r}, recomputed {expected!r}")
 
 

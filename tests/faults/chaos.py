@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from casemate.local_stack.layout import Layout
 from casemate_schemas.errors import CasemateError
 from support.byzantine import ByzantineProxy
-from support.faults import Bench, Orders, Run, running_bench, through
+from support.faults import POLL_S, Bench, Orders, Run, running_bench, through
 from support.stack import MEMBERS, WORKERS, found_in
 
 JOBS_PER_ROUND: Final = 4
@@ -61,6 +60,9 @@ TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "ciphertext lost": ("0", "1"),
 }
 """What can happen, and to whom: a program, a point of the launcher's, or the number of a job."""
+
+_ORDERED: Final = frozenset({"worker dies", "worker sleeps", "key broker dies"})
+"""Happens to the first that reaches the point, whenever that is."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,13 @@ class Chaos:
 
     async def _happen(self, fault: Fault) -> None:
         bench, target = self._bench, fault.target
-        if fault.kind == "worker dies":
-            return bench.orders.die(target)
-        if fault.kind == "worker sleeps":
-            return bench.orders.stop(target)
-        if fault.kind == "key broker dies":
-            return bench.orders.die(target)
-        await asyncio.sleep(fault.after_s)
+        if fault.kind not in _ORDERED:
+            await asyncio.sleep(fault.after_s)
         match fault.kind:
+            case "worker dies" | "key broker dies":
+                bench.orders.die(target)
+            case "worker sleeps":
+                bench.orders.stop(target)
             case "worker's clock":
                 bench.orders.skew(WORKERS[0], int(target))
                 await bench.kill(WORKERS[0])
@@ -169,11 +170,14 @@ class Chaos:
 
     async def _meddle(self, kind: str, job_id: str) -> None:
         """What is done to one job, if it is there by then."""
-        with contextlib.suppress(CasemateError):
+        with contextlib.suppress(CasemateError, TimeoutError):
             match kind:
                 case "cancelled":
                     await (await self._bench.scientist.job(job_id)).cancel()
                 case "submitted twice":
+                    async with asyncio.timeout(SUBMIT_S):
+                        while self._bench.scientist._session.state.job(job_id) is None:  # noqa: ASYNC110 - a file
+                            await asyncio.sleep(POLL_S)
                     await self._submitted(job_id, DEADLINE_S)
                 case "ciphertext lost":
                     record, _ = await self._bench.records.get(job_id)
@@ -191,9 +195,13 @@ class Chaos:
             await self._bench.kill(WORKERS[0])
 
 
-async def run(
-    seed: str, rounds: list[Round], layout: Layout, folder: Path, say: Callable[[str], None] = print
-) -> Counter[str]:
+def say(line: str) -> None:
+    """One line of the log, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+async def run(seed: str, rounds: list[Round], layout: Layout, folder: Path) -> Counter[str]:
     """All rounds on one stack; how the jobs ended."""
     total = Counter[str]()
     async with AsyncExitStack() as exits:
@@ -218,11 +226,11 @@ def main() -> None:
     parser.add_argument("--seed", default=secrets.token_hex(4))
     parser.add_argument("--jobs", type=int, default=100)
     options = parser.parse_args()
-    print(json.dumps({"seed": options.seed, "jobs": options.jobs}), flush=True)
+    say(json.dumps({"seed": options.seed, "jobs": options.jobs}))
     with tempfile.TemporaryDirectory() as folder:
         rounds = schedule(options.seed, options.jobs)
         layout = found_in(Path(folder) / "stack")
-        asyncio.run(run(options.seed, rounds, layout, Path(folder), lambda line: print(line, flush=True)))
+        asyncio.run(run(options.seed, rounds, layout, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from faults.chaos import JOBS_PER_ROUND, TARGETS, run, schedule
 from support.stack import copy_of
 
 JOBS = 6
+SEED = "860"
+"""A job is cancelled, one is submitted twice; nats-server, two workers and a key broker die or sleep."""
 
 
 def test_a_seed_is_a_schedule() -> None:
@@ -25,6 +27,6 @@ def test_a_seed_is_a_schedule() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_a_few_jobs_under_every_second_fault(founded: Layout, tmp_path: Path) -> None:
-    total = await run("1", schedule("1", JOBS), copy_of(founded, tmp_path / "stack"), tmp_path)
+async def test_a_few_jobs_under_half_of_the_faults(founded: Layout, tmp_path: Path) -> None:
+    total = await run(SEED, schedule(SEED, JOBS), copy_of(founded, tmp_path / "stack"), tmp_path)
     assert total.total() == JOBS

@@ -59,26 +59,29 @@ async def test_a_key_broker_that_does_not_read_is_dropped_by_nats_and_comes_back
     assert await bench.check_invariants([run]) == Counter(sealed=1)
 
 
-@pytest.mark.parametrize("ahead_ms", [-HOUR_MS // 2, HOUR_MS // 2])
-async def test_workers_clocks_decide_nothing(bench: Bench, ahead_ms: int) -> None:
-    for name in WORKERS:
+async def test_workers_clocks_decide_nothing(bench: Bench) -> None:
+    """One is slow by half an hour, the other as much too fast."""
+    dataset = await bench.new_dataset()
+    for name, ahead_ms in zip(WORKERS, (-HOUR_MS // 2, HOUR_MS // 2), strict=True):
         bench.orders.skew(name, ahead_ms)
-    await asyncio.gather(*map(bench.kill, WORKERS))
-    run = await bench.submit()
-    await bench.settled([run])
-    assert await bench.check_invariants([run]) == Counter(sealed=1)
+    await asyncio.gather(*map(bench.restart, WORKERS))
+    runs = [await bench.submit(dataset=dataset) for _ in WORKERS]
+    await bench.settled(runs)
+    bench.orders.forget()
+    await asyncio.gather(*map(bench.restart, WORKERS))
+    assert await bench.check_invariants(runs) == Counter(sealed=2)
 
 
 async def test_an_owners_clock_decides_for_its_own_data(bench: Bench) -> None:
     """At north it is past the deadline: it refuses, and nobody is charged. Its clock right again, it takes the next job."""
     dataset = await bench.new_dataset()
     bench.orders.skew("key-broker-north", PAST_DEADLINE_MS)
-    await bench.kill("key-broker-north")
+    await bench.restart("key-broker-north")
     run = await bench.submit(dataset=dataset, deadline_s=DEADLINE_S)
     await bench.settled([run])
     assert await bench.check_invariants([run]) == Counter(refused=1)
     bench.orders.forget()
-    await bench.kill("key-broker-north")
+    await bench.restart("key-broker-north")
     again = await bench.submit(dataset=dataset, deadline_s=DEADLINE_S)
     await bench.settled([again])
     assert await bench.check_invariants([run, again]) == Counter(refused=1, sealed=1)
@@ -101,12 +104,12 @@ async def test_poison_ends_and_harms_no_one_else(bench: Bench) -> None:
     spec = plan.spec()
     malformed = bench.follow(await submit_spec(session, spec, plan.weights[:-1]), dataset)
     with bench.orders.hold("pull"):
-        hollow = await bench.submit(dataset=dataset, deadline_s=15)
+        hollow = await bench.submit(dataset=dataset)
         await hollow.reached("queued")
         await bench.lose_ciphertext((await bench.record(hollow)).job_envelope)
     good = [await bench.submit(dataset=dataset) for _ in range(2)]
     runs = [malformed, hollow, *good]
     await bench.settled(runs)
     found = await bench.check_invariants(runs)
-    assert [(await bench.record(run)).state for run in runs] == ["refused", "expired", "sealed", "sealed"], found
+    assert [(await bench.record(run)).state for run in runs] == ["refused", "refused", "sealed", "sealed"], found
     assert {name: bench.pid(name) for name in WORKERS} == before

@@ -36,6 +36,7 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas import subjects
+from casemate_schemas.admission import Routing
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.envelope import open_head
 from casemate_schemas.errors import CasemateError, IntegrityError, NotFoundError, SealError, UnavailableError
@@ -194,6 +195,8 @@ class Run:
 
     job: Job
     dataset: str
+    routing: bytes | None
+    """What was submitted, if the SDK remembers it."""
     events: list[JobEvent] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _collector: asyncio.Task[None] | None = None
@@ -278,7 +281,8 @@ class Bench:
 
     def follow(self, job: Job, dataset: str) -> Run:
         """A job that was submitted by other means."""
-        run = Run(job, dataset).collect()
+        known = self.scientist._session.state.job(job.id)
+        run = Run(job, dataset, None if known is None else encode(known.submission.routing)).collect()
         self._runs.append(run)
         return run
 
@@ -315,6 +319,11 @@ class Bench:
     def pid(self, program: str) -> int:
         """Process id of a running program, ``nats`` included."""
         return self.stack.nats.pid if program == "nats" else self.stack.programs[program].pid
+
+    async def restart(self, program: str) -> None:
+        """:meth:`kill`, and waits until the new one says that it is ready."""
+        await self.kill(program)
+        await until(lambda: self.stack.programs[program].is_ready)
 
     async def kill(self, program: str) -> None:
         """``kill -9``; returns once the process is gone and another has taken its place."""
@@ -428,7 +437,7 @@ class Bench:
             digest = self.released(record) if record is not None and state == "sealed" else None
             if not await self._check_readable(run, digest, hostile=hostile):  # 3
                 digest, state = None, "broken"
-            self._check_booked(run, digest)  # 4
+            self._check_booked(run.job.id, self._terms(run, record), digest)  # 4
             found[state] += 1
         await self._check_sealed_from_others()  # 5
         return found
@@ -452,9 +461,7 @@ class Bench:
             record = await self.record(run)
         except (IntegrityError, NotFoundError):
             return None
-        known = self.scientist._session.state.job(run.job.id)
-        assert known is not None
-        return record if record.routing == encode(known.submission.routing) else None
+        return record if run.routing in (None, record.routing) else None
 
     async def _check_readable(self, run: Run, digest: bytes | None, *, hostile: bool) -> bool:
         """That the scientist opens this very result, or none. False where none opens of what was garbled after its release."""
@@ -472,17 +479,21 @@ class Bench:
         assert all(np.isfinite(array).all() for array in result.arrays.values())
         return True
 
-    def _check_booked(self, run: Run, digest: bytes | None) -> None:
-        known = self.scientist._session.state.job(run.job.id)
-        assert known is not None
+    @staticmethod
+    def _terms(run: Run, record: JobRecord | None) -> bytes:
+        routing = run.routing if record is None else record.routing
+        assert routing is not None
+        return decode(Signed, routing).peek(Routing).terms
+
+    def _check_booked(self, job_id: str, terms: bytes, digest: bytes | None) -> None:
         for name in MEMBERS:
-            booked, audited = self.books(name, known.terms.digest)
+            booked, audited = self.books(name, terms)
             charge = "reserve" if name in OWNERS else "release"
             committed = {entry.result for entry in audited if entry.event == "committed"}
-            assert booked in ([], [charge], [charge, "commit"]), (run.job.id, name, booked)
-            assert len(committed) <= 1, (run.job.id, name)
+            assert booked in ([], [charge], [charge, "commit"]), (job_id, name, booked)
+            assert len(committed) <= 1, (job_id, name)
             if digest is not None:
-                assert (booked, committed) == ([charge, "commit"], {digest}), (run.job.id, name)
+                assert (booked, committed) == ([charge, "commit"], {digest}), (job_id, name)
 
     async def _check_sealed_from_others(self) -> None:
         """By the store as whoever runs NATS sees it."""

@@ -364,6 +364,7 @@ class Bench:
             "list": RoleIs(principal="submitter", role="scientist"),
             "train": AllOf(rules=(MemberIs(principal="submitter", member="clara"), ForPurpose(purpose=PURPOSE))),
             "read_result": MemberIs(principal="recipient", member="clara"),
+            "read_metrics": MemberIs(principal="recipient", member="clara"),
         }
         merged = usual | rules
         return tuple(Permission(action=action, rule=rule) for action, rule in merged.items() if rule is not None)

@@ -170,6 +170,7 @@ def licence(dataset: str, **changed: Any) -> cm.Licence:
             cm.Permission(action="list", rule=cm.RoleIs(principal="submitter", role="scientist")),
             cm.Permission(action="train", rule=cm.AllOf(rules=(university, cm.ForPurpose(purpose=PURPOSE)))),
             cm.Permission(action="read_result", rule=cm.MemberIs(principal="recipient", member="university")),
+            cm.Permission(action="read_metrics", rule=cm.MemberIs(principal="recipient", member="university")),
         ),
         "epsilon": 40.0,
         "epsilon_per_job": 4.0,

@@ -55,13 +55,25 @@ def sampled(seed: bytes, owner: Owner, step: int) -> list[int]:
 
 def normals(seed: bytes, step: int, count: int) -> np.ndarray:
     """Standard normals of the step's noise."""
-    drawn = words(seed, "noise", step, count + count % 2)
+    even = count + count % 2
+    drawn = words(seed, "noise", step, even + 64)
+    return np.array(normals_of(drawn[:even], drawn[even:])[:count])
+
+
+def normals_of(drawn: list[int], further: list[int]) -> list[float]:
+    """Those of ``drawn`` words, a pair each; whose first is near an end takes the next of the ``further`` ones as well."""
+    left = iter(further)
     values = []
     for first, second in zip(drawn[::2], drawn[1::2], strict=True):
-        radius = math.sqrt(-2 * math.log((float(first) + 1) / 2**64))
+        uniform = (float(first) + 1) / 2**64
+        rare = first < 2**44 or first >= 2**64 - 2**44
+        whole = (first << 64) + next(left) + 1 if rare else 0
+        with mpmath.workprec(300):
+            logarithm = float(mpmath.log(mpmath.mpf(whole) / 2**128)) if rare else math.log(uniform)
+        radius = math.sqrt(-2 * logarithm)
         angle = 2 * math.pi * ((second >> 11) / 2**53)
         values += [radius * math.cos(angle), radius * math.sin(angle)]
-    return np.array(values[:count])
+    return values
 
 
 def discrete_normals(seed: bytes, step: int, count: int, strip_bits: int = 26) -> list[int]:
@@ -117,7 +129,7 @@ def _thresholds() -> list[int]:
 def norm_left_by_float32_sums(clipping_norm: float, expected_batch: float) -> float:
     """What records are clipped to where the engine sums in float32: docs/dp-engine.md, "What is certified"."""
     most = math.ceil(expected_batch + 6 * math.sqrt(expected_batch)) + 16
-    shares = [2 * (size + 13) * most / 2**24 * (1 + 2**-10) for size in (64, 32, 16, 8)]
+    shares = [2 * (size + 18) * most / 2**24 * (1 + 2**-10) for size in (64, 32, 16, 8)]
     return clipping_norm * (1 - next((share for share in shares if share <= 2**-8), 0.0))
 
 
@@ -139,7 +151,7 @@ def train(
     velocity = [np.zeros_like(w) for w in weights]
     deviation = noise_multiplier * clipping_norm
     left = norm_left_by_float32_sums(clipping_norm, expected_batch)
-    grid = 2.0 ** (math.floor(math.log2(deviation)) - 16)
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 12)
     for step in range(steps):
         total = np.zeros(sum(w.size for w in weights))
         for owner in sorted(owners, key=lambda o: o.name):

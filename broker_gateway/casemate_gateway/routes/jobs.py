@@ -7,6 +7,7 @@ import hashlib
 import heapq
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Final
 
 from aiohttp import web
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, Routing, Submission
@@ -40,6 +41,9 @@ from casemate_gateway.authentication import Person
 from casemate_gateway.gateway import Gateway, gateway_of
 from casemate_gateway.records import Job
 from casemate_gateway.tasks import end
+
+_UNHEARD: Final = 4
+"""Heartbeats after which a stream looks for events that it was not told of: of a job that goes on. Of ends it knows at each."""
 
 
 async def submit(request: web.Request) -> web.Response:
@@ -115,7 +119,7 @@ async def cancel(request: web.Request) -> web.Response:
     person = await gateway.authenticate_empty(request)
     job, _ = await gateway.visible_job(request.match_info["job_id"], person)
     job.check_submitter(person)
-    await gateway.transitions.move(job.record.job_id, "cancelled")
+    gateway.dispatcher.see(await gateway.transitions.move(job.record.job_id, "cancelled"))
     await gateway.queue.remove(job.record.job_id)
     job, revision = await gateway.visible_job(job.record.job_id, person)
     return _answer(gateway, job, revision, status=202)
@@ -147,7 +151,9 @@ async def events(request: web.Request) -> web.StreamResponse:
 async def _send_events(gateway: Gateway, job_id: str, after: int, response: web.StreamResponse) -> None:
     """Every event as it comes, and a comment whenever ``heartbeat_s`` have passed without one."""
     stopping = asyncio.create_task(gateway.stopping.wait())
-    async with aclosing(gateway.events.follow(job_id, after, poll_s=gateway.settings.heartbeat_s)) as followed:
+    async with aclosing(
+        gateway.events.follow(job_id, after, poll_s=_UNHEARD * gateway.settings.heartbeat_s)
+    ) as followed:
         coming = asyncio.create_task(anext(followed, None))
         try:
             while True:

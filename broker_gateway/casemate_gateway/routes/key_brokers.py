@@ -50,8 +50,9 @@ async def evidence(request: web.Request) -> web.Response:
     try:
         answer = await call(gateway.client, subject, payload, gateway.settings.key_broker_timeout_s)
     except UnavailableError as error:
-        if isinstance(error.__cause__, NoRespondersError):  # a listed one is away, another one is not there
-            _key_broker(gateway, request.match_info["key_broker"])
+        listed = {key_broker.id for key_broker in gateway.consortium.manifest.key_brokers}
+        if isinstance(error.__cause__, NoRespondersError) and request.match_info["key_broker"] not in listed:
+            raise NotFoundError("no key broker of that name answers, and the consortium lists none") from error
         raise
     return web.Response(body=answer, content_type=MEDIA_TYPE)
 

@@ -128,7 +128,8 @@ class RecordBatches:
     def everyone(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See :meth:`Batches.everyone`."""
         for data in self._owners:
-            yield from zip(torch.split(data.features, size), torch.split(data.targets, size), strict=True)
+            if len(data.features):  # no model needs to run on no record
+                yield from zip(torch.split(data.features, size), torch.split(data.targets, size), strict=True)
 
 
 class PlaceBatches:

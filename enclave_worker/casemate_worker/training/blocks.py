@@ -5,17 +5,19 @@ aside in advance: records are clipped to less than C, by a share that follows fr
 
 **The bound.** ``u = 2^-24``. A sum of ``b`` products of floats, in whatever order and with or without fused operations, errs
 by at most ``γ_b·Σ_i |x_i·y_i|`` in each coordinate, where ``γ_k = k·u / (1 - k·u)`` (Higham 2002, §3.1). Products go over
-blocks of at most ``b`` records, at most ``k = 8`` blocks are added up in float32, with a block of less than ``k`` records to
-make up the number, and everything else is float64. Weighting costs two roundings more, float64 less than one. So a sum of
-``n`` parts of L2 norm at most C' errs, by the triangle inequality, by at most ``γ_(b+k+4)·n·C'`` in L2 norm.
+blocks of at most ``b`` records; to one of them up to ``k - 1`` more, left over, are added, at worst product by product, which
+makes ``b + k - 1``; and at most ``k = 8`` blocks are added up in float32, in ``k - 1`` additions. Everything else is float64.
+Weighting costs two roundings more, float64 less than one. So a sum of ``n`` parts of L2 norm at most C' errs, by the triangle
+inequality, by at most ``γ_(b+2k+1)·n·C'`` in L2 norm.
 
 **Underflow.** That holds for results that are normal numbers. Else a result errs by at most 2^-126, whether gradual underflow
 is on or not, times what it is multiplied with. Factors below 2^-40 do not occur (their records add nothing), and a factor is at
 most 1 and at most C' by a bound that is at least 2^-40 times the norm of either vector multiplied (:func:`upper_squares`). So
 none is longer than 2^80·C', and for at most 2^30 coordinates and C from 10^-6 to 10^6 all this is below ``u·n·C'``.
 
-**The share.** Neighbouring sums of at most ``N`` and ``N + 1`` records differ by at most ``C' + 2·(b+k+5)·u·N·C'·(1 + 2^-10)``
-(sums of more than ``N`` are made in float64). ``C' = C·(1 - 2·(b+k+5)·u·N·(1 + 2^-10))`` makes this at most C.
+**The share.** Neighbouring sums of at most ``N`` and ``N + 1`` records differ by at most ``C' + 2·(b+2k+2)·u·N·C'·(1 + 2^-10)``,
+underflow included (sums of more than ``N`` are made in float64). ``C' = C·(1 - 2·(b+2k+2)·u·N·(1 + 2^-10))`` makes this at
+most C.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Blocks:
     @property
     def room(self) -> float:
         """The share of the clipping norm that these sums need; see the module's docstring."""
-        return 2 * (self.size + _SUMMED + 5) * _UNIT * self.records * (1 + 2.0**-10)
+        return 2 * (self.size + 2 * _SUMMED + 2) * _UNIT * self.records * (1 + 2.0**-10)
 
     def add(self, total: Tensor, terms: Mapping[int, BlockTerm], factors: Tensor) -> None:
         """Add ``Σ_i factors_i · gradient_i`` of ``terms``, by where their coordinates begin, to ``total`` (float64 ``[d]``).

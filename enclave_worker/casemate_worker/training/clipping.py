@@ -12,26 +12,42 @@ statement:
 - float64 rounds the sum over ``n`` records. Where gradients are formed, by less than ``2n²C·2^-53``. Where they are not
   and a layer was used at ``t`` positions, by less than ``2n²tM·2^-53``, ``M`` being the largest ``factor·Σ_t‖a_t‖‖g_t‖``:
   a few C for ordinary records, and never above 2^16·C. With 1,024 hostile records of 64 positions each that is 2^-10 C
-  at worst, and 2^-26 C for ordinary ones. Under ``exact`` noise C is less by as much (:mod:`casemate_privacy.rounding`);
-- the float32 kernels behind a batch may round *other* records' activations and gradients differently, by about 2^-23
-  of each, when the batch has another size.
+  at worst, and 2^-26 C for ordinary ones. So in training ``clipping_norm`` is C less what this can come to, for batches
+  larger than any that occur, and layers for which that were more than 2^-10 C have their gradients formed (:mod:`.rounding`);
+- that float32 kernels give *other* records' activations and gradients the same bits, whoever is in the batch, is arranged
+  for (:mod:`.rows`) and tested for the very model (:mod:`.kernels`), and not proved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from itertools import accumulate
 from typing import Final, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from casemate_schemas.errors import ModelError, ParameterError
+from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
 
 from .blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products
 from .choosing import measured_strategy
 from .dense import Dense, dense_of
-from .uses import ConvUse, Instantiated, LinearUse, RankOne, RowsUse, Strategy, Term, Use, cheaper_by_count, operations
+from .precision import check_float32_products
+from .rows import in_rows, most_rows
+from .uses import (
+    ConvUse,
+    Instantiated,
+    LinearUse,
+    RankOne,
+    RowsUse,
+    Strategy,
+    Term,
+    Use,
+    cheaper_by_count,
+    operations,
+    term_of,
+)
 from .watched import Book
 from .watching import Watch
 
@@ -82,7 +98,8 @@ class BookKeeping:
     3. One weighted sum a parameter.
 
     At most ``max_physical_batch`` records are in memory at a time, and fewer where formed gradients would take more than
-    64 MiB. The model is trained in place and has no hooks afterwards.
+    64 MiB, but as many as :mod:`.rows` asks for: rows that are missing are zeros, and cut off before anything is summed.
+    The model is trained in place and has no hooks afterwards.
     """
 
     def __init__(
@@ -101,8 +118,7 @@ class BookKeeping:
         ``expected_batch``, the public mean of Poisson batches, lets sums be float32 where that takes little of C
         (:mod:`.blocks`); all are float64 without it. :class:`ParameterError` where PyTorch may shorten float32 products.
         """
-        if torch.get_float32_matmul_precision() != "highest":
-            raise ParameterError("expected float32 products in float32: torch.set_float32_matmul_precision('highest')")
+        check_float32_products()
         self._model = model.train()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
@@ -120,7 +136,7 @@ class BookKeeping:
         """How many products are summed for one record where ghost norms may cancel, by parameter; set by :meth:`choose`."""
         self._max_physical_batch = max_physical_batch
         self._strategies: dict[int, Strategy] = {}
-        self._physical_batch = max_physical_batch
+        self._physical_batch = most_rows(max_physical_batch)
 
     @property
     def strategies(self) -> dict[str, Strategy]:
@@ -136,7 +152,7 @@ class BookKeeping:
         ghosts = {index for index, strategy in self._strategies.items() if strategy == "ghost"}
         self._by_hand = self._dense if self._dense is not None and ghosts.issuperset(self._dense.weights) else None
         formed = sum(4 * self._parameters[i].numel() for i, s in self._strategies.items() if s != "ghost")
-        self._physical_batch = max(1, min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
+        self._physical_batch = most_rows(min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
 
     def choose(self, mode: Mode, records: Callable[[int], tuple[Tensor, Tensor]]) -> None:
         """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for."""
@@ -161,9 +177,27 @@ class BookKeeping:
         size = self._physical_batch
         pieces = zip(torch.split(features, size), torch.split(targets, size), strict=True)
         for some, theirs in pieces if features.shape[0] else ():
-            terms, losses = self._terms(some, theirs)
-            self._add_weighted(total, terms, self._factors(terms, losses), blocks)
+            terms, losses = self._terms(in_rows(some), in_rows(theirs))
+            factors = self._factors(terms, losses)[: len(some)]
+            for term in terms.values():
+                term.keep(len(some))
+            self._add_weighted(total, terms, factors, blocks)
         return total
+
+    def examine(self, features: Tensor, targets: Tensor, inside: AbstractContextManager[object]) -> list[Tensor]:
+        """What there is of each record of a batch: losses, norms, and what its gradient is made of, each ``[n, ...]``.
+
+        Forward and backward run ``inside``; for :mod:`.kernels`.
+        """
+        if self._by_hand is not None and self._by_hand.takes(features):
+            with inside:
+                terms, losses = self._by_hand.terms(features, targets, self._loss)
+        else:
+            with inside:
+                book, losses = self._record(features, targets, lambda _index, _use: "ghost")
+            terms = {i: term_of(uses, self._strategy(i, uses[0])) for i, uses in sorted(book.uses().items())}
+        squares, slack = _squared_norms(terms, len(features))
+        return [losses, squares, slack, *(part for term in terms.values() for part in term.parts())]
 
     def gradients(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch of at least one record, by the very strategies that clip: gradients, squared norms, losses.

@@ -11,7 +11,7 @@ of their own, leave, and they depend on records through noised sums alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from casemate_models.losses import per_example_loss
 from casemate_schemas.codec import WireModel, decode, encode
-from casemate_schemas.errors import DatasetError, MalformedError, ParameterError, StateError
+from casemate_schemas.errors import DatasetError, MalformedError, ModelError, ParameterError, StateError
 from casemate_schemas.job import MAX_STEPS, Metrics, Training
 from casemate_schemas.metrics import MetricSums
 from pydantic import Field
@@ -33,12 +33,14 @@ from .averaging import WeightAverage
 from .batches import OwnerData, batches_of, known_classes, mean_over_present
 from .clipping import BookKeeping, Loss, Mode
 from .distributed import Alone, Group, inputs
-from .exact_noise import clip_for_grid
 from .flat import FlatParameters
+from .kernels import check_kernels
 from .metrics import noisy_metrics
 from .noise import noise_mechanism
 from .optimizers import build_optimizer, move_weights, optimizer_slots
 from .probe import probe_model
+from .rounding import clip_for_rounding
+from .rows import most_rows
 from .schedules import ScheduledNoise
 from .uses import Strategy
 
@@ -94,10 +96,11 @@ class Trainer:
             group: the processes that train this model together, each with the same arguments; see :mod:`.distributed`.
 
         Raises:
-            ParameterError: a rate, the denominator, the seed or the set of owners is out of range, or exact noise would
-                take too much of the clipping norm for rounding.
+            ParameterError: a rate, the denominator, the seed or the set of owners is out of range, or rounding would take
+                too much of the clipping norm.
             DatasetError: owners' records differ in shape or type.
-            ModelError: the model cannot be trained here; see :func:`~casemate_worker.training.probe.probe_model`.
+            ModelError: the model cannot be trained here; see :func:`~casemate_worker.training.probe.probe_model` and
+                :func:`~casemate_worker.training.kernels.check_kernels`.
         """
         if expected_batch <= 0:
             raise ParameterError("expected a positive expected batch")
@@ -116,6 +119,7 @@ class Trainer:
         self._group.agree(inputs(plan, self._expected_batch, seed, owners, model))
         self._clipping, outputs = self._checked_clipping(owners, clipping)
         self._clipping.strategies = self._group.leader_strategies(self._clipping.strategies)
+        self._check_kernels()
         if plan.loss == "cross_entropy":
             owners = [replace(data, targets=known_classes(data.targets, outputs.shape[-1])) for data in owners]
         self._batches = batches_of(owners, seed, plan.padded_batch)
@@ -202,7 +206,12 @@ class Trainer:
         if message.clipping.keys() != self.clipping_strategies.keys():
             raise MalformedError("training state is not clipped like this model")
         self._group.agree([state])
-        self._clipping.strategies = message.clipping
+        before, self._clipping.strategies = self._clipping.strategies, message.clipping
+        try:
+            self._check_kernels()
+        except ModelError:
+            self._clipping.strategies = before
+            raise
         self._load(tensors)
         self._step = message.step
 
@@ -227,17 +236,29 @@ class Trainer:
             expected_batch=None if self._plan.mechanism == "exact" else self._expected_batch,
         )
         outputs = probe_model(model, clipping, features, targets, mode)
-        if self._plan.mechanism == "exact":
-            sigma = max(sigma for _, sigma in self._plan.noise_phases)
-            clip_for_grid(clipping, self._plan.clipping_norm, sigma, self._size, self._expected_batch)
+        self._shaped = features, targets, owners[0].features[:0]
+        clip_for_rounding(clipping, self._plan, self._size, self._expected_batch)
         return clipping, outputs
+
+    def _check_kernels(self) -> None:
+        """Of training, with strategies as they are, and of a forward pass by itself, which metrics are made of."""
+        features, targets, plain = self._shaped
+        physical, strategies = self._plan.max_physical_batch, tuple(sorted(self._clipping.strategies.items()))
+
+        def forward(x: Tensor, _: Tensor, inside: AbstractContextManager[object]) -> list[Tensor]:
+            with torch.no_grad(), inside:
+                return [self._model(x)]
+
+        with _deterministic():
+            check_kernels(self._model, self._clipping.examine, features, targets, physical, strategies)
+            check_kernels(self._model, forward, plain, targets[:, None], physical, None)
 
     def _clipped_sum(self, features: Tensor, targets: Tensor) -> Tensor:
         """Over the step's records, or over their views."""
         share = self._group.share
         if self._views is None:
             return self._group.summed(self._clipping.clipped_sum(share(features), share(targets), len(features)))
-        size = self._views.records_in(self._plan.max_physical_batch)
+        size = most_rows(self._views.records_in(self._plan.max_physical_batch))
         total = torch.zeros(self._size, dtype=torch.float64)
         for views, labels in self._views.batches(features, targets, self._step, size):
             total += self._clipping.clipped_sum(share(views), share(labels), len(features))

@@ -9,7 +9,7 @@ For a sum of ``d`` coordinates at step ``t``, noise multiplier σ and clipping n
    keystream at ``t``; ``n + z`` cannot overflow 64 bits;
 4. what is released is ``(n + z)·g`` in float64, which is a function of ``n + z`` alone.
 
-Records are clipped to less than C (:func:`clip_for_grid`), so that ``n`` moves by at most ``C·sqrt(1 - r²/s²) / g`` with one
+Records are clipped to less than C (:mod:`.rounding`), so that ``n`` moves by at most ``C·sqrt(1 - r²/s²) / g`` with one
 record, float64's rounding of the sum and in steps 1 and 2 included; keeping within ±2^61 brings integers no further apart.
 The guarantee is then that of the continuous Gaussian mechanism with noise multiplier σ: theorem and proof are in
 :mod:`casemate_privacy.rounding`. One thing is left to the plan: kernels may compute a record's gradient in float32 a little
@@ -22,19 +22,15 @@ import math
 from typing import Final
 
 import torch
-from casemate_privacy.rounding import DEVIATION_BITS, exact_clipping_norm, rounding_reserve
+from casemate_privacy.rounding import DEVIATION_BITS
 from casemate_schemas.errors import ParameterError
 from torch import Tensor
 
 from .ahead import Ahead
-from .clipping import BookKeeping
 from .discrete_gaussian import discrete_gaussian
 from .keystream import NOISE, Keystream
-from .uses import Strategy
 
 _LARGEST: Final = 2.0**61
-_WORTHWHILE: Final = 2.0**-10
-"""A larger share of the clipping norm is not given away for ghost norms."""
 
 
 class ExactGaussian:
@@ -60,23 +56,3 @@ class ExactGaussian:
 
     def _draw(self, steps: range, count: int) -> list[Tensor]:
         return [torch.from_numpy(discrete_gaussian(self._keystream.at(step), count)) for step in steps]
-
-
-def clip_for_grid(
-    clipping: BookKeeping, clipping_norm: float, noise_multiplier: float, coordinates: int, vectors: float
-) -> None:
-    """Have ``clipping``, whose strategies are chosen, clip to what rounding leaves of ``clipping_norm``.
-
-    ``noise_multiplier`` is the largest of the job's, ``vectors`` the expected number of vectors in a batch. Where ghost
-    norms would take more than 2^-10 of C, because their products can cancel, gradients are formed instead. All of this
-    follows from model and plan, whatever strategies were measured to be fast.
-
-    Raises :class:`ParameterError` as :func:`~casemate_privacy.rounding.exact_clipping_norm`.
-    """
-    products = max(clipping.cancelling.values(), default=0)
-    if rounding_reserve(noise_multiplier, 0, vectors, products) > _WORTHWHILE:
-        products = 0
-        ghosts = {name for name, strategy in clipping.strategies.items() if strategy == "ghost"}
-        formed: dict[str, Strategy] = dict.fromkeys(ghosts & clipping.cancelling.keys(), "per_sample")
-        clipping.strategies = clipping.strategies | formed
-    clipping.clipping_norm = exact_clipping_norm(clipping_norm, noise_multiplier, coordinates, vectors, products)

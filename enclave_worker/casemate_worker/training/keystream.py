@@ -7,6 +7,8 @@ Byte for byte, so that another program can draw the same:
    - ``casemate/v1/training/sampling/<owner id>`` for one owner's sampling (the id in UTF-8),
    - ``casemate/v1/training/noise`` for the noise,
    - ``casemate/v1/training/augmentation`` for views of records (:mod:`.augmentation`),
+   - ``casemate/v1/training/metrics`` for the seed of final metrics (:mod:`.metrics`), which takes the attempt seed's place in
+     the derivation of their noise's key,
    - ``casemate/v1/training/audit`` for an audit's coins (:mod:`casemate_worker.privacy_audit`),
    - ``casemate/v1/training/initialisation`` and ``casemate/v1/training/dropout``, reserved.
 

@@ -4,8 +4,8 @@
 exact and one privacy unit moves them by at most Δ, the root of the number of coordinates. The noise is that of the plan's
 mechanism for sensitivity ``Δ·(1 + 2^-16)``, which is more than Δ and the rounding to the mechanism's grid together (for σ up
 to 10,000 less than 2^-16·Δ), and comes from a keystream of its own. So this is the Gaussian mechanism with the plan's noise
-multiplier. Kernels may compute other records' outputs differently in another batch, by about 2^-23 of each: outside the
-statement, as in :mod:`.clipping`.
+multiplier. That kernels give other records' outputs the same bits in another batch is arranged for (:mod:`.rows`) and tested
+(:mod:`.kernels`), as in :mod:`.clipping`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from casemate_worker.key_schedule import derive_key
 
 from .batches import Batches, present
 from .noise import noise_mechanism
+from .rows import in_rows, most_rows
 
 _GRID: Final = 1 << 20
 _SEED: Final = b"casemate/v1/training/metrics"
@@ -39,8 +40,9 @@ def noisy_metrics(
     """
     total = torch.zeros(3 if has_accuracy(training.loss) else 2, dtype=torch.int64)
     with torch.no_grad():
-        for features, targets in batches.everyone(training.max_physical_batch):
-            total += contributions(model, training.loss, metrics.loss_bound, features, targets).sum(dim=0)
+        for features, targets in batches.everyone(most_rows(training.max_physical_batch)):
+            found = contributions(model, training.loss, metrics.loss_bound, in_rows(features), in_rows(targets))
+            total += found[: len(features)].sum(dim=0)
     largest = sensitivity(training.loss) * MARGIN
     mechanism = noise_mechanism(training.mechanism, derive_key(seed, _SEED), largest)(metrics.noise_multiplier)
     count, *right, loss = (mechanism.add(total.double() / _GRID, 0)).tolist()

@@ -1,39 +1,57 @@
 """What is added to the clipped sum: the two mechanisms a plan may name, and ``hardened``, the faster of them.
 
-``exact`` (:mod:`~casemate_worker.training.exact_noise`) has a proof where this one has an argument.
+``exact`` (:mod:`~casemate_worker.training.exact_noise`) needs no assumption on a library's logarithm or cosine.
 
 Byte for byte, for a sum of ``d`` coordinates at step ``t``, noise multiplier σ and clipping norm C:
 
 1. take ``2·ceil(d/2)`` words ``w`` of the noise keystream at ``t``;
-2. each pair gives ``u = (float64(w[2j]) + 1) · 2^-64`` in (0, 1] and ``v = (w[2j+1] >> 11) · 2^-53`` in [0, 1), hence by
-   Box and Muller (1958) the standard normals ``z[2j] = sqrt(-2 ln u) cos 2πv`` and ``z[2j+1] = sqrt(-2 ln u) sin 2πv``,
-   all in float64, the conversion of ``w`` rounding to nearest even;
-3. the noisy sum ``s + σC·z`` is rounded, to nearest even, to the public grid of spacing ``g = 2^(floor(log2 σC) - 16)``.
+2. pair ``j`` has ``U_j = (w[2j]·2^64 + x_j + 1) · 2^-128`` in (0, 1]. Where ``2^44 <= w[2j] < 2^64 - 2^44``, ``x_j`` is
+   ``2^64 - 1``: then ``L_j = ln u`` of ``u = (float64(w[2j]) + 1) · 2^-64``. Elsewhere (2^-19 of all pairs) it is the keystream's
+   next word after those so far, in the order of ``j``; then ``L_j = ln u`` if ``w[2j] < 2^44`` and ``L_j = ln(1 - v)`` if
+   not, with ``u = U_j`` and ``v = 1 - U_j``, each the float64 nearest to the exact number;
+3. with ``v_j = (w[2j+1] >> 11) · 2^-53`` in [0, 1) each pair gives, by Box and Muller (1958), the standard normals
+   ``z[2j] = sqrt(-2 L_j) cos 2πv_j`` and ``z[2j+1] = sqrt(-2 L_j) sin 2πv_j``, in float64;
+4. ``g = 2^(floor(log2 σC) - 12)`` is public. What is released is ``g`` times ``n + round(s/g - n + σC·z/g)``, where
+   ``n = round(s/g)``, in float64, rounding half to even.
 
 **Why the grid.** Floating-point noise has gaps that depend on what it is added to, so the low bits of a released sum can
 exclude a neighbouring dataset outright (Mironov 2012, "On significance of the least significant bits for differential
 privacy"). Here every released coordinate is a multiple of ``g``, chosen from σ and C alone, and each multiple is reached
 by a great many draws. What comes later (division, float32, the optimiser) is post-processing.
 
-**What can be argued.** Couple the value before rounding with the ideal ``s + N(0, σ²C²)`` through the same uniforms. With
-``ln``, ``sqrt``, ``cos`` and ``sin`` good to 4 units in the last place and a radius of at most sqrt(128 ln 2) < 9.42, the
-two differ by less than ``η = 2^-44 σC`` while ``|s| <= 128 σC``, apart from the coarseness of ``u``: near 1 it makes small
-radii coarse, which counts like another η, and near 0 large ones, which with the missing tail has a probability of less
-than 2^-38 to matter. The ideal density is flat over a cell of the grid, and ``g > 2^-17 σC``, so each cell's probability is
-off by a factor within ``exp(±4η/g)``, that is ``exp(±2^-25)``. Over ``d`` coordinates and ``T`` steps an ideal (ε, δ) thus
-becomes at worst ``ε + d·T·2^-24`` and ``δ + (1 + e^ε)·d·T·2^-38``: for 31 coordinates, 300 steps and ε = 3, 0.0006 more ε
-and 8·10^-7 more δ. It is an argument on paper, linear in ``d·T`` where the truth surely is not, and says nothing useful
-near ``d·T = 2^24``; nor does it cover rounding inside the clipped sum (:mod:`~casemate_worker.training.clipping`).
+**However large the sum is**, step 4 is exact but for one addition of numbers below 12σC: ``s/g`` and ``s/g - n`` have no
+rounding, as ``g`` is a power of two, and rounding commutes with adding an integer, so what is multiplied with ``g`` is
+``s/g + σC·z/g``, rounded; beyond 2^53 the last addition rounds a function of that integer once more, which is
+post-processing.
 
-The grid could be coarser for a better bound. It is this fine so that a float32 difference of one unit in the last place,
-which another machine may make, moves the released sum by no more than it moved the clipped one.
+**What is guaranteed.** Couple each pair with an ideal one of radius ``r`` through the same uniforms, ``U`` being that of the
+words plus a uniform remainder. With ``ln``, ``log1p``, ``sqrt``, ``cos`` and ``sin`` good to 4 units in the last place and
+``r <= 10.8`` (so that ``U >= 2^-85``), the two differ in each coordinate by less than ``2^-43``, in units of σC:
+
+- missing bits of U change ``ln U`` by at most ``2^-64/U`` (common pairs, ``U >= 2^-20``) or ``2^-128/U``, and the radius by that
+  over ``r``: at most ``2^-46.3`` for ``U = 2^-20``, ``2^-54`` for ``1 - U = 2^-20``, ``2^-46.4`` for ``U = 2^-85``, and below
+  ``2^-63`` as ``U`` nears 1;
+- a common pair's float64 ``u`` is off by at most ``2^-53·u + 2^-64``, near 1 by ``2^-54 + 2^-64``, which changes the radius by
+  that over ``u·r``: at most ``2^-44.4`` for ``1 - U = 2^-20``, where ``r`` is ``2^-9.5``, and ``2^-46.2`` for ``U = 2^-20``; rare
+  pairs' ``u`` and ``v`` are off by ``2^-53`` of themselves, and their radii by less than that of theirs;
+- logarithm, root, angle, cosine and products, that of σ and C among them, are off by less than ``2^-47.8·r`` together,
+  thus by less than ``2^-44.3``; the addition in step 4 by ``2^-49``.
+
+These are below ``2^-43`` together at any ``r``, because the largest do not meet. This is the premise of the theorem in
+:mod:`casemate_privacy.hardened`, which gives what is added to ε and δ: it grows with the *root* of ``d·T``, and depends on
+neither σ, C nor the sum. For 15,000 coordinates, 1,000 steps and (3, 10^-5) that is 0.0003 and 2·10^-9. Where it would be
+more than a hundredth of either, the SDK and the worker refuse. It does not cover rounding inside the clipped sum, which
+has a reserve of its own (:mod:`.rounding`).
+
+A coarser grid would make it smaller still. It is this fine so that a float32 difference of one unit in the last place,
+which another machine may make, hardly ever shows, and then as a 4,096th of the noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +62,11 @@ from torch import Tensor
 
 from .ahead import Ahead
 from .exact_noise import ExactGaussian
-from .keystream import NOISE, Keystream
+from .keystream import NOISE, Keystream, Words
+
+_GRID_BITS: Final = 12
+_RARE: Final = np.uint64(1 << 44)
+"""So near either end, a word is not enough."""
 
 
 class Noise(Protocol):
@@ -63,14 +85,19 @@ def noise_mechanism(mechanism: Mechanism, seed: bytes, clipping_norm: float) -> 
     return lambda noise_multiplier: chosen(seed, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm)
 
 
-def standard_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """As many standard normals as ``words``, an even number; see the module's docstring."""
-    radius = words[0::2].astype(np.float64)
-    radius += 1.0
-    radius *= 2.0**-64
-    np.log(radius, out=radius)
-    radius *= -2.0
-    np.sqrt(radius, out=radius)
+def standard_normals(streams: Sequence[Words], count: int) -> NDArray[np.float64]:
+    """Of each stream ``count`` standard normals, an even number: ``[len(streams), count]``; see the module's docstring."""
+    words = np.concatenate([stream.take(count) for stream in streams])
+    first = words[0::2]
+    logarithms = first.astype(np.float64)
+    logarithms += 1.0
+    logarithms *= 2.0**-64
+    np.log(logarithms, out=logarithms)
+    for pair in np.flatnonzero(first + _RARE < _RARE + _RARE):  # wraps
+        more = streams[int(2 * pair // count)].take(1)
+        logarithms[pair] = _logarithm(int(first[pair]), int(more[0]))
+    logarithms *= -2.0
+    radius = np.sqrt(logarithms, out=logarithms)
     angle = (words[1::2] >> np.uint64(11)).astype(np.float64)
     angle *= 2.0**-53
     angle *= 2.0 * np.pi
@@ -78,7 +105,15 @@ def standard_normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
     turned = torch.from_numpy(angle)
     np.multiply(radius, turned.cos().numpy(), out=normals[0::2])
     np.multiply(radius, turned.sin_().numpy(), out=normals[1::2])
-    return normals
+    return normals.reshape(len(streams), count)
+
+
+def _logarithm(first: int, second: int) -> float:
+    """Of the 128-bit number in (0, 1] that these words make, to full precision at both ends."""
+    above = (first << 64) + second + 1
+    if above <= 1 << 127:
+        return math.log(above / (1 << 128))
+    return math.log1p(-(((1 << 128) - above) / (1 << 128)))
 
 
 class HardenedGaussian:
@@ -89,22 +124,23 @@ class HardenedGaussian:
         self._deviation = noise_multiplier * clipping_norm
         if not 0 < self._deviation < math.inf:
             raise ParameterError("expected a positive noise multiplier and clipping norm")
-        self._grid = math.ldexp(1.0, math.frexp(self._deviation)[1] - 17)
+        self._grid = math.ldexp(1.0, math.frexp(self._deviation)[1] - 1 - _GRID_BITS)
         self._keystream = Keystream(seed, NOISE)
         self._ahead = Ahead(self._draw)
 
     def add(self, total: Tensor, step: int) -> Tensor:
         """See :meth:`Noise.add`."""
-        noisy = (total + self._ahead.take(step, len(total))).mul_(1.0 / self._grid)
-        return noisy.round_().mul_(self._grid)
+        noise = self._ahead.take(step, len(total))
+        part = total * (1.0 / self._grid)
+        whole = part.round()
+        return part.sub_(whole).add_(noise).round_().add_(whole).mul_(self._grid)
 
     def draw_ahead(self, step: int, count: int) -> None:
         """See :meth:`Noise.draw_ahead`."""
         self._ahead.start(step, count)
 
     def _draw(self, steps: range, count: int) -> list[Tensor]:
-        """For each step normals of standard deviation σC, float64 ``[count]``: all at once."""
-        even = count + count % 2
-        normals = standard_normals(np.concatenate([self._keystream.words(step, even) for step in steps]))
-        normals *= self._deviation
-        return list(torch.from_numpy(normals.reshape(len(steps), even)[:, :count]).unbind())
+        """For each step normals of standard deviation σC in steps of the grid, float64 ``[count]``: all at once."""
+        normals = standard_normals([self._keystream.at(step) for step in steps], count + count % 2)
+        normals *= self._deviation / self._grid
+        return list(torch.from_numpy(normals[:, :count]).unbind())

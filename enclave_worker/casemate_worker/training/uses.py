@@ -68,6 +68,12 @@ class Term(Protocol):
     def drop(self, records: Tensor) -> None:
         """Make the gradients of these records (bool ``[n]``) zero, whatever they hold."""
 
+    def keep(self, count: int) -> None:
+        """Be the term of the first ``count`` records alone."""
+
+    def parts(self) -> list[Tensor]:
+        """What gradients are made of, as captured or formed, each ``[n, ...]``."""
+
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """Add ``Σ_i factors_i · gradient_i`` to ``total`` (float64 ``[elements]``); ``factors`` are float64 ``[n]``."""
 
@@ -217,6 +223,14 @@ class Instantiated:
         """See :meth:`Term.drop`."""
         self.rows = torch.where(records[:, None], 0.0, self.rows)
 
+    def keep(self, count: int) -> None:
+        """See :meth:`Term.keep`."""
+        self.rows = self.rows[:count]
+
+    def parts(self) -> list[Tensor]:
+        """See :meth:`Term.parts`."""
+        return [self.rows]
+
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`."""
         for columns in self._columns():
@@ -268,6 +282,16 @@ class Outer:
         """See :meth:`Term.drop`."""
         self._dropped = records
         self._whole = None
+
+    def keep(self, count: int) -> None:
+        """See :meth:`Term.keep`."""
+        self._count = count
+        if self._whole is not None:
+            self._whole = self._whole[0][:count], self._whole[1][:count]
+
+    def parts(self) -> list[Tensor]:
+        """See :meth:`Term.parts`."""
+        return [part for use in self._uses for part in (use.activation, use.gradient)]
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`; always in float64, because products may cancel."""
@@ -332,6 +356,14 @@ class RankOne:
         """See :meth:`Term.drop`."""
         self._a, self._g = (torch.where(records[:, None], 0.0, part) for part in (self._a, self._g))
 
+    def keep(self, count: int) -> None:
+        """See :meth:`Term.keep`."""
+        self._a, self._g = self._a[:count], self._g[:count]
+
+    def parts(self) -> list[Tensor]:
+        """See :meth:`Term.parts`."""
+        return [self._a, self._g]
+
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`."""
         d, p = self._g.shape[1], self._a.shape[1]
@@ -355,6 +387,7 @@ class Sparse:
     def __init__(self, uses: Sequence[EmbeddingUse]) -> None:
         """Of at least one use, all of one table."""
         self._records, self._count = len(uses[0].rows), uses[0].count
+        self._captured = [part for use in uses for part in (use.rows, use.gradient)]
         rows = torch.cat([use.rows for use in uses], dim=1)
         gradients = torch.cat([use.gradient for use in uses], dim=1).flatten(0, 1).double()
         keys = (rows + self._count * torch.arange(self._records)[:, None]).flatten()
@@ -375,6 +408,15 @@ class Sparse:
     def drop(self, records: Tensor) -> None:
         """See :meth:`Term.drop`."""
         self._values = torch.where(records[self._keys // self._count, None], 0.0, self._values)
+
+    def keep(self, count: int) -> None:
+        """See :meth:`Term.keep`."""
+        last = int(torch.searchsorted(self._keys, self._count * count))  # keys are in the order of records
+        self._keys, self._values, self._records = self._keys[:last], self._values[:last], count
+
+    def parts(self) -> list[Tensor]:
+        """See :meth:`Term.parts`."""
+        return self._captured
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`; always in float64, as the values are."""

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "key-broker": ("casemate.cli.key_broker:key_broker", "", "Your key broker: its state, its evidence, its time."),
     "results": ("casemate.cli.results:results", "", "Get a result, or verify one offline."),
     "up": ("casemate.cli.up:up", "local", "Start everything on this machine."),
-    "workers": ("casemate.cli.workers:workers", "", "Show which workers pass the policy, and why not."),
+    "workers": ("casemate.cli.workers:workers", "", "List the workers and which pass the policy, or drain one."),
     "version": ("casemate.cli.version:version", "", "Show the installed version."),
 }
 """Command: where it is (module and attribute), the extra that brings what it imports, and its line in the help."""

@@ -1,4 +1,4 @@
-"""``casemate workers``: which workers pass the policy, as one's own key broker judged their evidence, and why not."""
+"""``casemate workers list|drain``: which workers there are, which pass the policy and why not, and ending one in peace."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import click
+from casemate_schemas.api import PresentWorker
+from casemate_schemas.errors import AuthorisationError
 from casemate_schemas.requests import WorkerList, WorkerVerdict
 from rich.console import Console
 from rich.table import Table
@@ -18,23 +20,69 @@ from casemate.client import Consortium
 from .common import connected
 
 
-@click.command()
+@click.group()
+def workers() -> None:
+    """List the workers and which pass the policy, or drain one."""
+
+
+@workers.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 @connected
-async def workers(consortium: Consortium, console: Console, *, as_json: bool) -> None:
-    """The workers that asked your key broker for keys: accepted or refused, and which check refused them.
+async def list_workers(consortium: Consortium, console: Console, *, as_json: bool) -> None:
+    """The workers that say they are there; for stewards and admins also those that asked their key broker for keys.
 
-    For stewards and admins. What refused evidence says that is not genuine is anyone's word.
+    Of those: accepted or refused, and which check refused them. What refused evidence says that is not genuine is anyone's
+    word, as is what a worker announces.
     """
-    found = await consortium.workers()
+    present = await consortium.present_workers()
+    found = await _verdicts(consortium)
     if as_json:
-        listed = [_as_json(worker) for worker in found.workers]
-        facts = {"key_broker": found.key_broker, "manifest": found.manifest_number, "simulation": consortium.simulation}
-        click.echo(json.dumps(facts | {"workers": listed}))
+        facts: dict[str, object] = {"simulation": consortium.simulation, "present": [w.model_dump() for w in present]}
+        if found is not None:
+            facts |= {"key_broker": found.key_broker, "manifest": found.manifest_number}
+            facts |= {"workers": [_as_json(worker) for worker in found.workers]}
+        click.echo(json.dumps(facts))
+        return
+    console.print(_present(present))
+    if found is None:
         return
     console.print(_table(found))
     for line in _reasons(found):
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+
+@workers.command()
+@click.argument("worker")
+@connected
+async def drain(consortium: Consortium, console: Console, worker: str) -> None:
+    """Have WORKER end its job, take no other, and end. For admins. It takes jobs again once it is started again."""
+    drained = await consortium.drain_worker(worker)
+    console.print(f"{drained.worker} was {drained.state}: it takes no more jobs within ten seconds", highlight=False)
+
+
+async def _verdicts(consortium: Consortium) -> WorkerList | None:
+    """The key broker's, for those who may know them."""
+    try:
+        return await consortium.workers()
+    except AuthorisationError:
+        return None
+
+
+def _present(workers: tuple[PresentWorker, ...]) -> Table:
+    table = Table(title="workers that announced themselves")
+    for column in ("worker", "state", "running since", "last heard", "manifest"):
+        table.add_column(column, overflow="fold")
+    for worker in workers:
+        times = (_time(at) for at in (worker.since, worker.heard))
+        table.add_row(printable(worker.worker), printable(worker.state), *times, str(worker.manifest_number))
+    return table
+
+
+def _time(at_ms: int) -> str:
+    try:
+        return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def _table(found: WorkerList) -> Table:

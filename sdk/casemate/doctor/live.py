@@ -78,10 +78,19 @@ async def check_gateway(program: Program, clock_ms: Callable[[], int]) -> AsyncI
         return
     try:
         timeout = aiohttp.ClientTimeout(total=_HTTP_S)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url + CONSORTIUM_PATH) as response:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(url + CONSORTIUM_PATH, allow_redirects=False) as response,
+        ):
             body = await response.content.read(MAX_CHAIN_BYTES + 1)
             now, date = clock_ms(), response.headers.get("Date")
             status = response.status
+    except aiohttp.ClientSSLError as error:
+        fix = "a certificate for that host, from an authority that clients trust"
+        yield Finding(
+            program.about, "public address", f"{type(error).__name__} at {url}", "TLS that clients accept", fix
+        )
+        return
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         fix = f"start it (casemate-gateway --settings {program.file}), or set public_url to where it is reached"
         yield Finding(

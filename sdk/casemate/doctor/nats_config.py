@@ -13,7 +13,7 @@ from casemate_messaging.accounts import User, accounts
 from casemate_messaging.server import MAX_PAYLOAD_BYTES
 from casemate_messaging.settings import read_file
 from casemate_schemas.errors import CasemateError
-from casemate_schemas.subjects import GATEWAY_ACCOUNT, SYSTEM_ACCOUNT, WORKER_ACCOUNT, key_broker_account
+from casemate_schemas.subjects import GATEWAY_ACCOUNT, SYSTEM_ACCOUNT, WORKER_ACCOUNT, key_broker_account, token
 
 from .findings import Finding
 from .tls import check_certificate, check_key, is_loopback
@@ -63,8 +63,11 @@ def _user(account: str, entry: Mapping[str, Any]) -> User | None:
     key = str(entry.get("nkey", ""))
     if account.startswith(_KEY_BROKER_ACCOUNTS):
         return User("key_broker", account.removeprefix(_KEY_BROKER_ACCOUNTS), key)
-    inboxes = [s for s in _allowed(entry, "subscribe") if s.startswith(_INBOX)]
-    name = inboxes[0].removeprefix(_INBOX).partition(".")[0] if inboxes else "?"
+    inboxes = sorted(s for s in _allowed(entry, "subscribe") if s.startswith(_INBOX))
+    try:
+        name = token(inboxes[0].removeprefix(_INBOX).partition(".")[0])
+    except (IndexError, CasemateError):
+        name = "unnamed"
     if account == GATEWAY_ACCOUNT:
         return User("gateway", name, key)
     return User("worker", name, key) if account == WORKER_ACCOUNT else None
@@ -123,7 +126,7 @@ def _store(about: str, store_dir: object) -> Iterator[Finding]:
 
 
 def _transport(about: str, config: Mapping[str, Any]) -> Iterator[Finding]:
-    host, tls = str(config.get("host", "0.0.0.0")), _map(config, "tls")  # noqa: S104 - NATS' default
+    host, tls = _listening(config), _map(config, "tls")
     if not tls:
         if is_loopback(host):
             yield Finding(about, "tls", "none: for programs on this machine")
@@ -153,7 +156,8 @@ def _cluster(about: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     cluster = _map(config, "cluster")
     if not cluster:
         return
-    routes = len(cluster.get("routes") or ())
+    listed = cluster.get("routes")
+    routes = len(listed) if isinstance(listed, list) else 0
     if routes not in (3, 5):
         yield Finding(
             about,
@@ -167,7 +171,7 @@ def _cluster(about: str, config: Mapping[str, Any]) -> Iterator[Finding]:
     if not config.get("server_name"):
         fix = "server_name: one of its own for each server"
         yield Finding(about, "server_name", "none", "one, which JetStream in a cluster needs", fix)
-    if not _map(cluster, "tls") and not is_loopback(str(cluster.get("host", "0.0.0.0"))):  # noqa: S104 - NATS' default
+    if not _map(cluster, "tls") and not is_loopback(_listening(cluster)):
         fix = "tls { cert_file: …, key_file: …, ca_file: …, verify: true } in the section cluster"
         yield Finding(about, "cluster tls", "none", "TLS between servers, both showing certificates", fix)
 
@@ -198,8 +202,8 @@ def _permissions(about: str, user: User, found: Mapping[str, Any], expected: Map
     wide, missing = [], []
     for verb in ("publish", "subscribe"):
         has, wants = _allowed(found, verb), _allowed(expected, verb)
-        rule = _map(_map(found, "permissions"), verb)
-        if not rule.get("allow") and not rule.get("deny"):
+        denied = _map(_map(found, "permissions"), verb).get("deny")
+        if not has and not denied:
             wide.append(f"{verb} everything")
         wide += [f"{verb} {subject}" for subject in sorted(has - wants)]
         missing += [f"{verb} {subject}" for subject in sorted(wants - has)]
@@ -237,8 +241,16 @@ def _entry(config: Mapping[str, Any], user: User) -> Mapping[str, Any]:
 
 
 def _allowed(entry: Mapping[str, Any], verb: str) -> set[str]:
-    rule = _map(_map(entry, "permissions"), verb)
-    return {str(subject) for subject in rule.get("allow") or ()}
+    """NATS takes a subject, a list of them, or a section with ``allow``."""
+    rule = _map(entry, "permissions").get(verb)
+    rule = rule.get("allow") if isinstance(rule, dict) else rule
+    return {str(subject) for subject in (rule if isinstance(rule, list) else [rule] if rule else [])}
+
+
+def _listening(section: Mapping[str, Any]) -> str:
+    """The address, which may be given as ``host`` or in ``listen``; NATS' default is every one."""
+    listen = str(section.get("listen", "")).rpartition(":")[0]
+    return str(section.get("host") or section.get("net") or listen or "0.0.0.0")  # noqa: S104 - what NATS would do
 
 
 def _map(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -49,6 +49,11 @@ class Program:
             raise SetupError(f"{self.name} does not run")
         return self._process.pid
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the process that was started last has said so."""
+        return self._ready is not None and self._ready.done() and self._ready.exception() is None
+
     async def start(self) -> dict[str, object]:
         """Starts it and waits for its event ``ready``; returns that event's fields.
 
@@ -71,10 +76,9 @@ class Program:
         except TimeoutError as error:
             raise UnavailableError(f"{self.name} was not ready within {READY_TIMEOUT_S:.0f} s") from error
 
-    async def wait(self) -> None:
-        """Waits until the process has ended."""
-        if self._process is not None:
-            await self._process.wait()
+    async def wait(self) -> int | None:
+        """Waits until the process has ended; its exit status, None if it was never started."""
+        return None if self._process is None else await self._process.wait()
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL. Does nothing if it does not run."""
@@ -167,7 +171,7 @@ class LocalStack:
         2. The gateway, which sets up the streams, beside the chip and the key brokers.
         3. Key brokers in enclaves, once there is a chip to launch them; at the first start members attest and list them.
         4. The workers.
-        5. From here on whatever dies is started again.
+        5. From here on whatever dies is started again, but for a worker that was drained.
         """
         url = await self.nats.start()  # 1
         files = write_settings(self.layout, url, gateway_port=self._gateway_port, overrides=self._overrides)
@@ -201,7 +205,8 @@ class LocalStack:
 
     async def _guard(self, program: Program) -> None:
         while True:
-            await program.wait()
+            if await program.wait() == 0 and program.name in self.facts.workers:
+                return  # it was drained
             await asyncio.sleep(_RESTART_DELAY_S)
             with contextlib.suppress(SetupError, UnavailableError):
                 await program.start()

@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 from casemate_gateway.description import ENCODED, ROUTES
-from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH, OPENAPI_PATH, UPLOAD_MEDIA_TYPE, UPLOADS_PATH
+from casemate_schemas.api import (
+    ENVELOPES_PATH,
+    JOBS_PATH,
+    KEY_BROKERS_PATH,
+    OPENAPI_PATH,
+    UPLOAD_MEDIA_TYPE,
+    UPLOADS_PATH,
+)
 from casemate_schemas.codec import encode
 from casemate_schemas.keyring import KeyRing
 from support.gateway import House
@@ -34,6 +41,13 @@ async def test_the_description_is_public_and_has_every_route(running_house: Hous
         operation = described["paths"][route.path][route.method.lower()]
         assert bool(operation["security"]) == route.path.startswith("/v1/") - (route.path == "/v1/consortium")
         assert operation["summary"]
+
+
+async def test_a_key_broker_that_nobody_lists_is_not_there_and_a_listed_one_is_away(running_house: House) -> None:
+    clara = running_house.caller("clara")
+    asked = [await clara.post(f"{KEY_BROKERS_PATH}/{name}/evidence") for name in ("nowhere", "east")]
+    assert [(reply.status, reply.json["reason"]) for reply in asked] == [(404, "not_found"), (503, "unavailable")]
+    assert [reply.headers.get("Retry-After") for reply in asked] == [None, "5"]
 
 
 async def test_no_request_gets_an_answer_that_is_not_described(a_house: House, tmp_path: Path) -> None:
@@ -60,7 +74,9 @@ async def schemathesis(origin: str, person: Path) -> tuple[int, str]:
     """Exit status and report of a run against the gateway at ``origin``, as the person in that folder."""
     tests = Path(__file__).resolve().parents[2]
     process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).with_name("st")),
+        sys.executable,
+        "-m",
+        "schemathesis.cli",
         f"--config-file={Path(__file__).with_name('schemathesis.toml')}",
         "run",
         origin + OPENAPI_PATH,

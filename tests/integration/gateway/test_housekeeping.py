@@ -138,6 +138,17 @@ async def test_what_goes_and_what_stays(running_house: House) -> None:
     assert await found.after(3000) == Removed()
 
 
+async def test_sizes_are_forgotten_of_what_is_neither_there_nor_on_its_way(running_house: House) -> None:
+    found = await keeper(running_house)
+    sizes = StoredSizes(await running_house.client("gateway"))
+    kept = await uploaded(running_house, running_house.caller("clara"), "dataset")
+    size = (await sizes.total("clara")).size
+    await sizes.add("clara", "0" * 64, 1000)
+    assert (await found.after(0.9), (await sizes.total("clara")).size) == (Removed(), size + 1000)
+    assert (await found.after(1.1), (await sizes.total("clara")).size) == (Removed(), size)
+    assert [envelope async for envelope, _ in sizes.list()] == [kept.hex()]
+
+
 async def test_unfinished_uploads_end_at_their_expiry(running_house: House) -> None:
     found = await keeper(running_house)
     async with running_house.gateway_running() as gateway:

@@ -91,7 +91,7 @@ def test_the_guide_does_what_it_says(tmp_path: Path) -> None:
     assert seen == {"casemate_worker"}
 
     # 3. No keys, no charge.
-    verdicts = done.of("casemate workers --json")
+    verdicts = done.of("casemate workers list --json")
     assert "✗ refused" in verdicts and "measurement: expected" in verdicts and "✓ accepted" in verdicts, verdicts
     logged = done.of("grep -h evidence_outside_policy")
     assert '"program":"worker"' in logged and '"program":"key-broker"' in logged, logged

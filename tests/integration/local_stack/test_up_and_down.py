@@ -52,6 +52,21 @@ def test_it_comes_up_answers_comes_back_and_goes_down_without_a_trace(tmp_path: 
     assert "SIMULATED" in listed.stdout
     assert len(processes_of(folder)) >= 8  # supervisor, NATS, chip, gateway, four key brokers, a worker
 
+    found = json.loads(casemate(folder, "doctor", ".casemate", "--json").stdout)
+    assert len(found["findings"]) > 100
+    assert {finding["check"] for finding in found["findings"] if not finding["ok"]} <= {"open files"}
+
+    sam = connection | {"CASEMATE_IDENTITY": str(folder / ".casemate" / "members" / "north" / "sam.key")}
+    present = json.loads(casemate(folder, "workers", "list", "--json", **sam).stdout)
+    assert [(worker["worker"], worker["state"]) for worker in present["present"]] == [("worker-1", "waiting")]
+    (worker,) = (pid for pid, command in processes_of(folder).items() if "casemate_worker" in command)
+    handle = os.pidfd_open(worker)
+    assert casemate(folder, "workers", "drain", "worker-1", **connection).returncode == 1, "clara is no admin"
+    drained = casemate(folder, "workers", "drain", "worker-1", **sam)
+    assert drained.returncode == 0 and "worker-1 was waiting" in drained.stdout, drained.stderr
+    _wait_for_end(handle)
+    assert '"event":"draining"' in (folder / ".casemate" / "logs" / "worker-1.log").read_text()
+
     again = casemate(folder, "up", "--detach")
     assert again.returncode == 2
     assert "running already" in again.stderr

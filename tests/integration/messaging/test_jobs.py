@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,29 @@ async def test_change_loses_no_update(nats_stack: NatsStack) -> None:
     assert (await stores[0].get(JOB))[0].step == 20
 
 
+async def test_what_was_written_last_is_never_taken_for_the_newest(nats_stack: NatsStack) -> None:
+    """A store tries what it wrote itself first; whatever it concludes is from what is there now."""
+    own, other = [JobStore(await nats_stack.connect(f"worker-{1 + i}")) for i in range(2)]
+    await own.create(a_record(state="running", step=0))
+    await own.change(JOB, lambda r: revise(r, now_ms=2000, step=1))
+    await other.change(JOB, lambda r: revise(r, now_ms=2000, step=7))
+    assert (await own.change(JOB, lambda r: r)).step == 7
+    assert (await own.change(JOB, lambda r: revise(r, now_ms=2000, step=(r.step or 0) + 1))).step == 8
+    await other.change(JOB, lambda r: advance(r, "cancelled", now_ms=2000))
+    with pytest.raises(StateError):
+        await own.change(JOB, lambda r: advance(r, "committing", now_ms=2000))
+    await own.create(a_record(OTHER, state="running", step=0))
+    await own.change(OTHER, lambda r: revise(r, now_ms=2000, step=1))
+    await other.change(OTHER, lambda r: advance(r, "claimed", now_ms=2000, worker="w2"))
+
+    def ours_only(record: JobRecord) -> JobRecord:
+        if record.worker != "w2":
+            raise ConflictError("refused by what is not the newest")
+        return revise(record, now_ms=2000, step=2)
+
+    assert (await own.change(OTHER, ours_only)).step == 2
+
+
 async def test_a_refused_change_changes_nothing(nats_stack: NatsStack) -> None:
     store = JobStore(await nats_stack.connect("gateway"))
     await store.create(a_record(state="sealed"))
@@ -115,6 +138,11 @@ async def test_a_broken_record_is_not_guessed_at(nats_stack: NatsStack) -> None:
     await worker.jetstream().publish(f"$KV.jobs.{JOB}", stolen.data)
     with pytest.raises(IntegrityError):
         await store.get(JOB)
+    gateway, left_out = JobStore(await nats_stack.gateway()), list[str]()
+    with pytest.raises(IntegrityError):
+        [record async for record, _ in gateway.list()]
+    listed = [record.job_id async for record, _ in gateway.list(lambda key, _: left_out.append(key))]
+    assert (listed, left_out) == ([OTHER], [JOB])
 
 
 async def test_a_long_list_is_whole_although_records_move_meanwhile(nats_stack: NatsStack) -> None:
@@ -279,6 +307,24 @@ async def test_a_follower_wakes_for_an_event_that_comes_while_it_waits(nats_stac
         assert (await asyncio.wait_for(waiting, 10))[1].reason == "training_failed"
         with pytest.raises(StopAsyncIteration):
             await anext(events)
+
+
+async def test_followers_share_one_subscription(nats_stack: NatsStack) -> None:
+    reader, worker = await nats_stack.connect("gateway"), EventLog(await nats_stack.connect("worker-1"))
+    log, job_ids = EventLog(reader), ["a" * 32, "b" * 32, "b" * 32]
+    before = len(reader._subs)
+    async with AsyncExitStack() as exits:
+        follows = [await exits.enter_async_context(aclosing(log.follow(name, poll_s=3600))) for name in job_ids]
+        waiting = [asyncio.ensure_future(anext(events)) for events in follows]
+        for _ in range(20):
+            await settle(reader)
+        assert len(reader._subs) == before + 1
+        await worker.publish(event_of(a_record("b" * 32)))
+        told = await asyncio.wait_for(asyncio.gather(*waiting[1:]), 10)
+        assert [event.job_id for _, event in told] == job_ids[1:]
+        assert not waiting[0].done()
+        waiting[0].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_forged_event_is_told(nats_stack: NatsStack) -> None:

@@ -23,6 +23,7 @@ class Taker:
 
     def __init__(self, consortium: str, queue: WorkQueue, started: asyncio.Queue[str], turn: asyncio.Semaphore) -> None:
         self._consortium, self._queue, self._started, self._turn = consortium, queue, started, turn
+        self.drained = asyncio.Event()
 
     async def pull(self, wait_s: float) -> Delivery | None:
         return await self._queue.pull(wait_s)

@@ -102,17 +102,17 @@ async def test_a_manifest_change_reaches_everyone_and_stays(road: Road, tmp_path
     async with road.connected(SCIENTIST) as consortium:
         first = await consortium.train(**request(datasets))  # 1
         assert (await ended(first)).state == "sealed"
-        assert "✓ accepted" in await casemate(road, "workers")
+        assert "✓ accepted" in await casemate(road, "workers", "list")
         await _amend_away(road, tmp_path)  # 2
         second = await consortium.train(**request(datasets))
         await until(
             lambda: any(e["reason"] == "evidence_outside_policy" for e in events(road, "worker-1", "gave_up")),
             "the worker to be refused",
         )
-        (worker,) = json.loads(await casemate(road, "workers", "--json", person=OFFICER))["workers"]
+        (worker,) = json.loads(await casemate(road, "workers", "list", "--json", person=OFFICER))["workers"]
         assert (worker["accepted"], worker["genuine"], worker["manifest_number"]) == (False, True, 2)
         assert [check["name"] for check in worker["failed"]] == ["measurement"]
-        shown = await casemate(road, "workers", person=OFFICER)
+        shown = await casemate(road, "workers", "list", person=OFFICER)
         assert "✗ refused" in shown and "measurement: expected 5a5a5a" in shown and "SIMULATED" in shown
         await _amend_back(road, tmp_path, image=worker["measurement"])  # 3
         assert (await ended(second)).state == "sealed"

@@ -23,7 +23,7 @@ from casemate_models.tracing import trace
 from casemate_privacy.auditing import audit_report
 from casemate_schemas.codec import digest_of, encode
 from casemate_schemas.dataset import Column, DatasetCard
-from casemate_schemas.errors import MalformedError, ModelError, TrainingError
+from casemate_schemas.errors import MalformedError, ModelError, ParameterError, TrainingError
 from casemate_schemas.job import SGD, Audit, DatasetUse, JobSpec, Plan, Privacy, Rational, Training
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.pipeline import PipelineSpec
@@ -214,6 +214,14 @@ async def test_a_bad_model_is_named_before_any_data() -> None:
     async with await TrainingProcess.start(1) as process:
         with pytest.raises((ModelError, MalformedError)):
             await process.prepare(spec, weights[:-4])
+
+
+async def test_noise_that_would_add_to_epsilon_is_refused_before_any_data() -> None:
+    spec, weights = job(steps=100_000)
+    strict = spec.plan.model_copy(update={"privacy": spec.plan.privacy.model_copy(update={"epsilon": 1e-3})})
+    async with await TrainingProcess.start(1) as process:
+        with pytest.raises(ParameterError, match="use mechanism='exact'"):
+            await process.prepare(spec.model_copy(update={"plan": strict}), weights)
 
 
 async def test_a_model_that_does_not_train_is_found_out_before_any_data() -> None:

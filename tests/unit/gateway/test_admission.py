@@ -14,7 +14,18 @@ JOB = "0" * 32
 def admission(retry_s: float = 0.0, max_wait_s: float = 300.0) -> Admission:
     """One whose stores are never asked."""
     none = cast("Any", None)
-    stores = ("consortium", "jobs", "blobs", "envelopes", "queue", "dispatcher", "transitions", "records", "log", "clock")
+    stores = (
+        "consortium",
+        "jobs",
+        "blobs",
+        "envelopes",
+        "queue",
+        "dispatcher",
+        "transitions",
+        "records",
+        "log",
+        "clock",
+    )
     return Admission(
         none, **dict.fromkeys(stores, none), key_broker_timeout_s=1.0, retry_s=retry_s, max_wait_s=max_wait_s
     )

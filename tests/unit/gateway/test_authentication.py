@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from dataclasses import replace
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
-from casemate_gateway.authentication import Authenticated, Authenticator
+from casemate_gateway.authentication import Authenticated, Authenticator, People
 from casemate_gateway.limits import TokenBuckets
 from casemate_schemas.codec import encode
 from casemate_schemas.errors import AuthenticationError, CasemateError, MalformedError, SignatureError, ThrottledError
@@ -77,6 +78,40 @@ async def test_a_signed_request_is_its_signers(authenticator: Authenticator, cla
     assert found.person.signing_key == clara.signing.public
     assert (found.person.member, found.person.delegation.person) == ("clara", "someone")
     assert found.content_digest == hashlib.sha256(b"body").digest()
+
+
+def header(person: PersonKeys) -> str:
+    return base64.b64encode(encode(person.delegation)).decode()
+
+
+def test_a_person_who_was_known_is_looked_at_again(keys: ConsortiumKeys, clara: PersonKeys) -> None:
+    """The signature under a delegation is verified once a manifest; whether it still counts, each time."""
+    people, consortium = People(), keys.consortium
+    first = people.find(header(clara), consortium, at=NOW)
+    assert people.find(header(clara), consortium, at=NOW) is first
+    for changed, at in (
+        (replace(consortium, revoked={("clara", "someone"): NOW_MS + 1}), NOW),
+        (consortium, first.delegation.expires),
+        (consortium, NOW_MS - DAY_MS),
+        (replace(consortium, id=b"x" * 32), NOW),
+    ):
+        with pytest.raises(AuthenticationError):
+            people.find(header(clara), changed, at=at)
+    members = tuple(m.model_copy(update={"signing_key": b"k" * 32}) for m in consortium.manifest.members)
+    rotated = consortium.manifest.model_copy(update={"members": members})
+    with pytest.raises(AuthenticationError):
+        people.find(header(clara), replace(consortium, manifest=rotated, digest=b"d" * 32), at=NOW)
+
+
+def test_only_so_many_people_are_remembered_and_nobody_whom_no_member_knows(keys: ConsortiumKeys) -> None:
+    people, verified = People(most=2), [keys.person("clara", name) for name in ("a", "b", "c")]
+    found = [people.find(header(person), keys.consortium, at=NOW) for person in verified]
+    assert people.find(header(verified[2]), keys.consortium, at=NOW) is found[2]
+    assert people.find(header(verified[0]), keys.consortium, at=NOW) is not found[0]
+    forged = keys.person("clara", signed_by=KeyRing.generate().signing)
+    for _ in range(2):
+        with pytest.raises(AuthenticationError):
+            people.find(header(forged), keys.consortium, at=NOW)
 
 
 @pytest.mark.parametrize("offset_s", [-60, 0, 60])

@@ -79,9 +79,25 @@ def test_what_is_handed_out_is_not_handed_out_again_and_counts_until_it_ends() -
     schedule.see(entry("a", "north"))
     assert schedule.handed_out == ("a",)
     assert schedule.next(0) == "b"
-    schedule.replace([entry("b", "north")])
+    schedule.replace([entry("b", "north")], schedule.moment)
     assert schedule.handed_out == ()
     assert schedule.get("a") is None
+
+
+def test_what_is_seen_while_jobs_are_listed_is_newer_than_the_list() -> None:
+    schedule = Schedule()
+    schedule.see(entry("ends", "north"))
+    schedule.see(entry("gone", "north"))
+    since = schedule.moment
+    listed = [entry("ends", "north"), entry("other", "south")]
+    schedule.see(entry("new", "north"))
+    schedule.see(entry("ends", "north", "sealed"))
+    schedule.replace(listed, since)
+    assert {name: schedule.get(name) is not None for name in ("ends", "gone", "new", "other")} == (
+        {"ends": False, "gone": False, "new": True, "other": True}
+    )
+    schedule.replace([], schedule.moment)
+    assert schedule.next(0) is None
 
 
 STATES: list[JobState] = ["awaiting_approval", "queued", "claimed", "running", "committing", "sealed", "cancelled"]
@@ -97,7 +113,7 @@ def test_it_agrees_with_a_schedule_that_looks_at_everything(events: list[tuple[i
     for number, what in events:
         job = entry(f"j{number:02}", MEMBERS[number % 3], urgency=number % 2, created=number, not_before=number % 5)
         if what == "replace":
-            schedule.replace(jobs.values())
+            schedule.replace(jobs.values(), schedule.moment)
         elif what == "hand":
             if (job_id := schedule.next(2)) is not None:
                 schedule.hand_out(job_id)

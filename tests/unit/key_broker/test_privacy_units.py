@@ -120,6 +120,16 @@ def test_metrics_count_towards_the_cap_on_a_job(bench: Bench) -> None:
     assert bench.precheck("north", bench.job(plan=plan)).reason == "budget_exceeded"
 
 
+def test_metrics_are_released_only_where_they_may_be_read(bench: Bench) -> None:
+    dataset = bench.register(permissions=bench.permissions(read_metrics=None))
+    metrics = Metrics(noise_multiplier=9.0, loss_bound=5.0)
+    assert bench.precheck("north", bench.job(dataset.use())).decision == "yes"
+    plan = bench.plan(dataset.use(), release=("weights", "metrics"), metrics=metrics)
+    job = bench.job(plan=plan)
+    refusal = bench.detail("north", bench.precheck("north", job))
+    assert refusal.reason == "licence_forbids" and "read_metrics" in refusal.message
+
+
 def test_padding_costs_nothing(bench: Bench) -> None:
     dataset = bench.register()
     padded = Training(**dict(bench.plan(dataset.use()).training) | {"padded_batch": 60})

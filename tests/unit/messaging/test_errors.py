@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import nats.errors
 import nats.js.errors
 import pytest
@@ -51,6 +53,8 @@ def test_translation_keeps_the_cause_and_lets_others_pass() -> None:
     with pytest.raises(UnavailableError) as caught, translated("storing"):
         raise nats.errors.TimeoutError
     assert isinstance(caught.value.__cause__, nats.errors.TimeoutError)
+    with pytest.raises(UnavailableError), translated("storing"):
+        json.loads(b'{"stream": "JOB')  # as nats-py does with an answer that was cut short
     with pytest.raises(KeyError), translated("storing"):
         raise KeyError("x")
     with pytest.raises(NotFoundError), translated("storing"):

@@ -163,13 +163,16 @@ def test_key_brokers_reach_no_other_account() -> None:
 def test_what_workers_import_is_what_they_may_publish() -> None:
     sections = accounts(USERS)
     imported = {entry["service"]["subject"] for entry in sections["WORKERS"]["imports"]}
-    assert {s for s in WORKER.publish if not s.startswith("casemate.kb.")} == {
+    own = {"casemate.worker.worker-1.presence", "$JS.API.DIRECT.GET.WORKERS.casemate.worker.worker-1.drain"}
+    assert {s for s in WORKER.publish if not s.startswith("casemate.kb.")} - own == {
         s for s in imported if not s.startswith("casemate.kb.")
-    }
+    } - set(subjects.PRESENCE_SERVICES)
+    assert own < set(WORKER.publish) and set(subjects.PRESENCE_SERVICES) < imported
     assert {"casemate.kb.north.*", "casemate.kb.south.*"} <= imported
     heads = {service: name for name in ("north", "south") for service in subjects.ledger_head_services(name)}
     assert {offer["service"] for offer in sections["CASEMATE"]["exports"]} == {
         *subjects.WORKER_SERVICES,
+        *subjects.PRESENCE_SERVICES,
         *subjects.KEY_BROKER_SERVICES,
         *heads,
     }
@@ -178,7 +181,8 @@ def test_what_workers_import_is_what_they_may_publish() -> None:
             assert offer["accounts"] == [f"KEY_BROKER_{name}"]
             continue
         readers = ["KEY_BROKER_north", "KEY_BROKER_south"] if offer["service"] in subjects.KEY_BROKER_SERVICES else []
-        workers = ["WORKERS"] if offer["service"] in subjects.WORKER_SERVICES else []
+        of_workers = (*subjects.WORKER_SERVICES, *subjects.PRESENCE_SERVICES)
+        workers = ["WORKERS"] if offer["service"] in of_workers else []
         assert offer["accounts"] == [*workers, *readers]
 
 
@@ -207,3 +211,25 @@ def test_only_gateways_know_unfinished_uploads_and_keep_house(subject: str) -> N
     assert may_publish(GATEWAY, subject)
     assert not may_publish(WORKER, subject)
     assert not may_publish(NORTH, subject)
+
+
+def test_only_the_gateways_account_may_ask_how_servers_keep_streams() -> None:
+    sections = accounts(USERS)
+    assert may_publish(GATEWAY, subjects.SERVER_STATUS)
+    assert not may_publish(WORKER, subjects.SERVER_STATUS) and not may_publish(NORTH, subjects.SERVER_STATUS)
+    system = sections[subjects.SYSTEM_ACCOUNT]
+    assert system["users"] == [] and "jetstream" not in system
+    assert system["exports"] == [
+        {"service": "$SYS.REQ.SERVER.PING.JSZ", "response_type": "stream", "accounts": ["CASEMATE"]}
+    ]
+    assert [a for a, section in sections.items() if "SYS" in str(section.get("imports"))] == ["CASEMATE"]
+
+
+def test_a_worker_speaks_of_itself_alone_and_orders_nobody() -> None:
+    for worker in ("worker-1", "worker-2"):
+        is_own = worker == "worker-1"
+        assert may_publish(WORKER, subjects.worker_presence(worker)) == is_own
+        assert may_publish(WORKER, f"$JS.API.DIRECT.GET.WORKERS.{subjects.worker_drain(worker)}") == is_own
+        assert not may_publish(WORKER, subjects.worker_drain(worker))
+        assert may_publish(GATEWAY, subjects.worker_drain(worker))
+        assert not may_publish(GATEWAY, subjects.worker_presence(worker))

@@ -22,6 +22,7 @@ from casemate_privacy.auditing import (
     scaled,
 )
 from casemate_schemas.audit import AuditCounts, Guesses
+from casemate_schemas.codec import encode
 from casemate_schemas.errors import ParameterError
 from scipy import stats
 from support.planted_bugs import audit_plan
@@ -204,6 +205,16 @@ def test_a_report_follows_from_plan_and_counts() -> None:
     expected = one_run_epsilon(64, 32, 32, delta=1e-5, significance=0.05 / 24)
     assert found.one_run_epsilon == expected > 1.5
     assert found.profile_epsilon > found.one_run_epsilon and found.refutes
+
+
+def test_reports_of_a_plan_are_equally_long_whatever_was_guessed_right() -> None:
+    plan, noise = audit_plan(canaries=600), np.arange(600.0) % 7
+    assert plan.audit is not None
+    lengths = set()
+    for coins in (np.arange(600) >= 300, np.arange(600) < 300, noise > 3):
+        counts = guess({"likelihood": np.arange(600.0), "spread": noise}, coins)
+        lengths.add((len(encode(counts)), len(encode(audit_report(plan, counts)))))
+    assert len(lengths) > 1 and len({length for _, length in lengths}) == 1
 
 
 def test_guesses_that_were_not_fixed_in_advance_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from casemate import cli
 from casemate.cli import run
 from casemate.doctor.live import MAX_SKEW_MS, check_servers
+from casemate.doctor.nats_config import check_config
 from casemate_messaging.durability import ServerStatus
 from casemate_messaging.server import ServerTls, create_user_key
 from casemate_schemas.codec import encode
@@ -140,6 +142,22 @@ async def test_a_planted_mistake_is_found_and_its_fix_named(site: OperatorSite, 
     assert any(finding.check.startswith(check) and fix in finding.fix for finding in wrong), wrong
     assert all(finding.found and finding.expected for finding in wrong)
     assert len(wrong) <= 3 and len(before) > 20
+
+
+def test_no_configuration_makes_the_doctor_stumble(site: OperatorSite) -> None:
+    for path in ("accounts", "jetstream", "tls", "cluster", "host", "system_account", "max_payload"):
+        for value in (5, "text", [], [5], {"a": 5}, None):
+            found = list(check_config(site.folder / "nats.json", {**site.config, path: value}))
+            assert len(found) >= 5 and all(str(finding) for finding in found)
+
+
+def test_a_rule_that_allows_more_is_found_however_it_is_written(site: OperatorSite) -> None:
+    for verb in ("publish", "subscribe"):
+        for rule in (None, ">", [">"], {"allow": ">"}, {"allow": [">"]}, {"allow": 5}, 5, {}):
+            config = copy.deepcopy(site.config)
+            config["accounts"]["CASEMATE"]["users"][0]["permissions"][verb] = rule
+            wrong = [finding for finding in check_config(site.folder / "nats.json", config) if not finding.ok]
+            assert any("too wide" in finding.found for finding in wrong), (verb, rule)
 
 
 def _tls(site: OperatorSite, **changes: Any) -> Authority:

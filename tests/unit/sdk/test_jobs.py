@@ -13,7 +13,7 @@ import casemate as cm
 import pytest
 import torch
 from casemate_models.building import build
-from casemate_privacy import rounding
+from casemate_privacy import hardened, rounding
 from casemate_privacy.accounting import epsilon
 from casemate_privacy.statement import job_event, privacy_statement
 from casemate_schemas.admission import PrecheckAnswer, Routing
@@ -169,6 +169,16 @@ async def test_exact_noise_is_in_the_terms_and_costs_the_same(
             await consortium.train(**request_of(mechanism="exact"))
 
 
+async def test_hardened_noise_that_would_add_to_epsilon_is_refused_before_anything_is_sent(
+    gateway: FakeGateway, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardened, "MAX_SHARE", 1e-9)
+    async with cm.connect(gateway.url, **options) as consortium:
+        with pytest.raises(ParameterError, match="use mechanism='exact'"):
+            await consortium.train(**request_of())
+        await consortium.train(**request_of(mechanism="exact"))
+
+
 async def test_epochs_are_expected_passes_over_the_declared_rows(
     gateway: FakeGateway, options: dict[str, Any], w: World
 ) -> None:
@@ -314,6 +324,21 @@ async def test_the_same_submit_again_is_the_same_job_and_another_is_a_conflict(
         nn.init.zeros_(other.get_parameter("0.weight"))
         with pytest.raises(ConflictError):
             await consortium.train(**(request | {"model": other}))
+
+
+async def test_two_submits_at_once_under_one_id_are_one_job(
+    gateway: FakeGateway, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither finds what the other one is about to remember."""
+    request = request_of(job_id="cd" * 16)
+    monkeypatch.setattr("casemate.state.State.job", lambda *_: None)
+    async with cm.connect(gateway.url, **options) as consortium:
+        await asyncio.gather(consortium.train(**request), consortium.train(**request))
+        first, second = gateway.submissions
+        assert encode(first) == encode(second)
+        with pytest.raises(ConflictError, match="another job"):
+            await consortium.train(**(request | {"steps": 101}))
+        assert len(gateway.submissions) == 2
 
 
 def events_of(job_id: str, *states: JobState) -> list[JobEvent]:

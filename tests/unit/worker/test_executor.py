@@ -87,14 +87,19 @@ async def steps_of(*frames: bytes) -> list[int]:
 
 async def test_steps_are_counted_from_the_start_or_from_where_a_checkpoint_was() -> None:
     end = done()
-    assert await steps_of(*progress(1, 2, 3), end) == [1, 2, 3]
+    assert await steps_of(*progress(1, 2, 3, 4, 5), end) == [1, 2, 3, 4, 5]
     assert await steps_of(*progress(4, 5), end) == [4, 5]
+
+
+async def test_an_end_before_the_last_step_is_the_same_failure() -> None:
+    with pytest.raises(TrainingError, match="out of step"):
+        await steps_of(*progress(1, 2, 3, 4), done())
 
 
 @pytest.mark.parametrize("steps", [(0,), (STEPS + 1,), (1, 3), (2, 2), (3, 2), (4, 5, 6)])
 async def test_steps_that_could_spell_out_something_are_refused(steps: tuple[int, ...]) -> None:
-    with pytest.raises(TrainingError):
-        await steps_of(*progress(*steps), done())
+    with pytest.raises(TrainingError, match="out of step"):
+        await steps_of(*progress(*steps))
 
 
 async def test_progress_that_is_none_is_the_same_failure() -> None:

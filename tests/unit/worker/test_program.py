@@ -24,7 +24,9 @@ async def test_a_worker_that_can_hear_of_no_newer_manifest_ends(monkeypatch: pyt
             raise IntegrityError("broken")
 
     class Worker:
-        def __init__(self, *_: object, **__: object) -> None: ...
+        def __init__(self, *_: object, **__: object) -> None:
+            self.drained = asyncio.Event()
+            self.announcer = SimpleNamespace(run=self.drained.wait)
 
         pull_wait_s = 5.0
 

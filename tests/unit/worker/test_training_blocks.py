@@ -207,6 +207,26 @@ def test_shortened_products_are_refused() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("kind", ["matmul", "conv", "rnn", "", "all"])
+def test_newer_settings_that_shorten_products_are_refused(kind: str) -> None:
+    onednn = torch.backends.mkldnn
+    place = torch.backends if kind == "all" else getattr(onednn, kind) if kind else onednn
+    before = place.fp32_precision
+    place.fp32_precision = "bf16"
+    try:
+        with pytest.raises(ParameterError, match="float32"):
+            BookKeeping(nn.Linear(3, 2), _losses, clipping_norm=1.0, max_physical_batch=8)
+    finally:
+        place.fp32_precision = before
+    BookKeeping(nn.Linear(3, 2), _losses, clipping_norm=1.0, max_physical_batch=8)
+
+
+def test_room_counts_every_rounding_on_the_longest_way() -> None:
+    # 64 products and 7 left over, one after another; 8 blocks; 2 for weighting; float64; underflow
+    assert Blocks(368, 64).room == 2 * (64 + 7 + 7 + 2 + 1 + 1) / 2**24 * 368 * (1 + 2**-10)
+    assert (blocks_for(256.0), blocks_for(1040.0), blocks_for(1050.0)) == (Blocks(368, 64), Blocks(1250, 8), None)
+
+
 # Chains by hand
 
 

@@ -334,12 +334,12 @@ def test_physical_batches_change_rounding_only(name: str, mode: Mode) -> None:
 
 
 def test_formed_gradients_bound_the_physical_batch() -> None:
-    model = nn.Linear(2048, 2048, bias=False)  # 16 MiB a record
+    model = nn.Linear(2048, 512, bias=False)  # 4 MiB a record
     clipping, seen = _clipping(model, max_physical_batch=1024), []
     clipping.strategies = {"weight": "per_sample"}
     with model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0]))):
-        clipping.clipped_sum(torch.zeros(9, 2048), torch.zeros(9))
-    assert seen == [4, 4, 1]
+        clipping.clipped_sum(torch.zeros(40, 2048), torch.zeros(40))
+    assert seen == [32, 32]  # no fewer rows go together (rows.py)
 
 
 # What the model sees of it

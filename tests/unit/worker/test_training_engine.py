@@ -218,7 +218,7 @@ def test_records_come_in_the_order_of_owner_ids(reference_weights: dict[str, Ten
     seen: list[Tensor] = []
     with trainer._model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach().clone())):
         trainer.step()
-    assert torch.equal(seen[0], torch.cat([owners[1].features, owners[0].features]))
+    assert torch.equal(seen[0][:9], torch.cat([owners[1].features, owners[0].features]))
 
     trainer = _trainer(_owners()[::-1])
     trainer.run()

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 import torch
 from casemate_privacy import rounding
-from casemate_privacy.rounding import exact_clipping_norm
+from casemate_privacy.rounding import exact_clipping_norm, hardened_clipping_norm
 from casemate_schemas.errors import ParameterError
 from casemate_schemas.job import SGD, Training
 from casemate_worker.training import discrete_gaussian as sampler
+from casemate_worker.training.clipping import BookKeeping
 from casemate_worker.training.discrete_gaussian import discrete_gaussian
 from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.exact_noise import ExactGaussian
 from casemate_worker.training.keystream import Keystream
+from casemate_worker.training.rounding import clip_for_rounding
 from scipy.stats import chi2
 from support import training_reference as reference
 from torch import Tensor, nn
@@ -223,12 +225,13 @@ def _linear() -> nn.Module:
 def test_a_trainer_clips_to_what_rounding_leaves() -> None:
     features = torch.linspace(-1, 1, 240).view(40, 6)
     exact, hardened = (_trained(mechanism, _linear(), features) for mechanism in ("exact", "hardened"))
-    assert hardened._clipping.clipping_norm == 1.0
+    assert 1 - 1e-11 < hardened._clipping.clipping_norm == hardened_clipping_norm(1.0, 20.0) < 1.0
     assert exact._clipping.clipping_norm == exact_clipping_norm(1.0, 1.0, 14, 20.0) < 1.0
     assert not torch.equal(exact.weights()["weight"], hardened.weights()["weight"])
 
 
-def test_products_that_may_cancel_are_reserved_for_or_formed() -> None:
+@pytest.mark.parametrize("mechanism", ["exact", "hardened"])
+def test_products_that_may_cancel_are_reserved_for_or_formed(mechanism: str) -> None:
     """A layer at many positions: a little is reserved for its ghost norms; where that were much, there are none."""
 
     class Positions(nn.Module):
@@ -242,11 +245,34 @@ def test_products_that_may_cancel_are_reserved_for_or_formed() -> None:
 
     for positions, products in ((3, 3), (4000, 0)):
         features = torch.sin(torch.arange(30.0 * positions * 4)).view(30, positions, 4)
-        trainer = _trained("exact", Positions(), features, steps=1)
+        trainer = _trained(mechanism, Positions(), features, steps=1)
         assert trainer._clipping.cancelling == {"first.weight": positions}
-        assert trainer._clipping.clipping_norm == exact_clipping_norm(1.0, 1.0, 58, 15.0, products)
+        exact, hardened = exact_clipping_norm(1.0, 1.0, 58, 15.0, products), hardened_clipping_norm(1.0, 15.0, products)
+        assert trainer._clipping.clipping_norm == (exact if mechanism == "exact" else hardened)
         if not products:
             assert trainer.clipping_strategies["first.weight"] != "ghost"
+
+
+def test_only_the_layers_that_need_much_are_formed() -> None:
+    clipping = BookKeeping(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), _no_loss, clipping_norm=1, max_physical_batch=4
+    )
+    clipping.strategies = {"0.weight": "ghost", "1.weight": "ghost", "1.bias": "per_sample"}
+    clipping.cancelling = {"0.weight": 4000, "1.weight": 7}
+    plan = Training(loss="cross_entropy", optimizer=SGD(lr=0.5), steps=3, clipping_norm=1.0, noise_multiplier=1.0)
+    clip_for_rounding(clipping, plan, 12, 100.0)
+    assert clipping.strategies == {"0.weight": "per_sample", "1.weight": "ghost", "1.bias": "per_sample"}
+    assert clipping.clipping_norm == hardened_clipping_norm(1.0, 100.0, 7)
+
+
+def _no_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.sum(1)
+
+
+def test_batches_so_large_that_float64_sums_lose_much_are_refused() -> None:
+    assert hardened_clipping_norm(1.0, 5e6) > 0.98
+    with pytest.raises(ParameterError, match="smaller batches"):
+        hardened_clipping_norm(1.0, 1e7)
 
 
 def test_a_job_that_would_lose_much_of_c_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

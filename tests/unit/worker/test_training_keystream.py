@@ -13,6 +13,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_owners_are_sampled_independently() -> None:
 
 def test_normals_have_the_moments_and_tails_of_normals() -> None:
     count = 1_000_000
-    z = standard_normals(Keystream(SEED, "noise").words(0, count))
+    z = standard_normals([Keystream(SEED, "noise").at(0)], count)[0]
     # Each at 4 standard errors (chance failure 6·10^-5); an error of 8 standard errors, 1.1 % of the variance or
     # 0.8 % in the mean, is found with probability above 0.9999.
     assert abs(z.mean()) < 4 / math.sqrt(count)
@@ -201,11 +202,78 @@ def test_added_noise_has_deviation_sigma_times_c_on_the_public_grid(
     noisy = HardenedGaussian(SEED, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm).add(total, step=11)
     # Deviation, at 4 standard errors of 0.16 % (chance failure 6·10^-5): finds an error of 1.3 % with 0.9999.
     assert abs(float((noisy - total).std()) / deviation - 1) < 4 / math.sqrt(2 * size)
-    grid = 2.0 ** (math.floor(math.log2(deviation)) - 16)
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 12)
     assert torch.equal(noisy / grid, torch.round(noisy / grid))
     assert not torch.equal(noisy / (2 * grid), torch.round(noisy / (2 * grid)))
     exact = total + deviation * torch.from_numpy(reference.normals(SEED, 11, size))
     assert float((noisy - exact).abs().max()) <= 0.5001 * grid
+
+
+class _Scripted:
+    """Words from a list."""
+
+    def __init__(self, *words: int) -> None:
+        self.left = list(words)
+
+    def take(self, count: int) -> np.ndarray:
+        taken, self.left = self.left[:count], self.left[count:]
+        return np.array(taken, np.uint64)
+
+
+def test_words_near_either_end_take_one_more_in_their_order() -> None:
+    edge, top = 2**44, 2**64
+    firsts = [edge, edge - 1, 2**63, top - edge, 0, top - edge - 1, top - 1, 12345]
+    drawn = [word for i, first in enumerate(firsts) for word in (first, i << 60)]
+    further = [7, 2**63 + 1, 3, 2**64 - 2, 99]
+    streams = _Scripted(*drawn[:8], *further[:2]), _Scripted(*drawn[8:], *further[2:], 77)
+    found = standard_normals(streams, 8)
+    assert [stream.left for stream in streams] == [[], [77]]
+    expected = reference.normals_of(drawn[:8], further[:2]) + reference.normals_of(drawn[8:], further[2:])
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-14, atol=1e-300)
+    assert 11.2 < math.hypot(*found[1, :2]) < 13.4  # 128 bits reach where 64 end, at 9.42
+    assert 0 < math.hypot(*found[1, 4:6]) < 2.0**-50  # and as near to 0
+
+
+_COMMON = [2**44, 2**45 + 1, 2**53 - 1, 2**53 + 1, 2**60 + 1, 2**63 - 1, 2**63, 2**64 - 2**50 - 1, 2**64 - 2**44 - 1]
+_RARE = [0, 2**20 + 1, 2**44 - 1, 2**64 - 2**44, 2**64 - 2**30, 2**64 - 1]
+
+
+@pytest.mark.parametrize("first", _COMMON + _RARE)
+def test_computed_normals_are_as_near_to_ideal_ones_as_their_privacy_presumes(first: int) -> None:
+    """The premise in ``casemate_privacy.hardened``: 2^-43 for all ideal numbers that the words may stand for."""
+    rng = np.random.default_rng(first % 2**32)
+    for second in [0, 2**64 - 1, 2**62 - 1, 2**62, *rng.integers(0, 2**64, 12, dtype=np.uint64).tolist()]:
+        more = [2**43, 2**64 - 1] if first in _RARE else [0]
+        for third in more if first == 0 else [0, *more]:
+            found = standard_normals([_Scripted(first, second, third)], 2)[0]
+            with mpmath.workprec(400):
+                whole = mpmath.mpf((first << 64) + third) if first in _RARE else mpmath.mpf(first << 64)
+                width = 1 if first in _RARE else 2**64
+                for u, v in ((u, v) for u in (whole, whole + width) for v in (second >> 11, (second >> 11) + 1)):
+                    radius = mpmath.sqrt(-2 * mpmath.log(u / 2**128))
+                    if radius <= 10.8:
+                        ideal = (
+                            radius * mpmath.cospi(v / mpmath.mpf(2**52)),
+                            radius * mpmath.sinpi(v / mpmath.mpf(2**52)),
+                        )
+                        assert all(
+                            abs(x - y) < mpmath.mpf(2) ** -43.5 for x, y in zip(found.tolist(), ideal, strict=True)
+                        )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1.0, 1e6, 1e12, 2.0**50])
+def test_a_sum_of_any_size_and_its_noise_are_rounded_once_and_together(size: float) -> None:
+    sigma, norm, count = 1.3, 0.7, 400
+    deviation = sigma * norm
+    grid = Fraction(2) ** (math.floor(math.log2(deviation)) - 12)
+    total = torch.linspace(-1, 1, count, dtype=torch.float64) * size
+    released = HardenedGaussian(SEED, noise_multiplier=sigma, clipping_norm=norm).add(total, step=3)
+    noise = standard_normals([Keystream(SEED, "noise").at(3)], count)[0] * (deviation / float(grid))
+    for s, y, found in zip(total.tolist(), noise.tolist(), released.tolist(), strict=True):
+        exact = Fraction(s) / grid + Fraction(y)
+        # within half a step of the exact sum, but for the addition of numbers below 2^17, and of doubles beyond 2^53 steps
+        slack = Fraction(1, 2**36) + abs(exact) * (Fraction(1, 2**52) if abs(exact) > 2**53 else 0)
+        assert abs(Fraction(found) / grid - exact) <= Fraction(1, 2) + slack
 
 
 def test_every_step_and_seed_has_noise_of_its_own() -> None:
@@ -217,8 +285,8 @@ def test_every_step_and_seed_has_noise_of_its_own() -> None:
     ]
     for i, first in enumerate(draws):
         for second in draws[:i]:
-            # Independent N(0, 1) coordinates meet on the grid with probability 4·10^-6 each; a difference of variance 2.
-            assert int((first == second).sum()) <= 1
+            # Independent N(0, 1) coordinates meet on the grid with probability 7·10^-5 each; a difference of variance 2.
+            assert int((first == second).sum()) <= 3
             assert abs(float((first - second).var()) - 2) < 4 * 2 * math.sqrt(2 / 1001)
 
 

@@ -101,6 +101,17 @@ def test_the_margin_covers_rounding_to_the_grid_of_exact_noise() -> None:
             assert exact_clipping_norm(delta * MARGIN, sigma, round(delta**2), 1.0) >= delta
 
 
+def test_an_owner_without_records_adds_noise_alone_as_any_other() -> None:
+    torch.manual_seed(0)
+    nobody = OwnerData("south", torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), Fraction(1, 2))
+    found = []
+    for owners in ([owner(9)], [owner(9), nobody], [nobody]):
+        model = nn.Sequential(nn.Linear(2, 2))
+        trainer = Trainer(model, owners, training(), expected_batch=Fraction(5), seed=SEED)
+        found.append(trainer.metrics(METRICS).count)
+    assert abs(found[0] - found[1]) < 1e-9 and abs(found[0] - found[2] - 9) < 1e-3
+
+
 def test_they_are_of_the_released_weights_and_draw_noise_of_their_own() -> None:
     torch.manual_seed(0)
     trainer = Trainer(nn.Sequential(nn.Linear(2, 2)), [owner(400)], training(), expected_batch=Fraction(200), seed=SEED)

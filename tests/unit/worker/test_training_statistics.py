@@ -61,7 +61,7 @@ def _variance(z: Array) -> float:
 
 
 def _kolmogorov(z: Array) -> float:
-    """Kolmogorov and Smirnov's test against the normal distribution, whose grid is too fine to matter."""
+    """Kolmogorov and Smirnov's test against the normal distribution, whose grid moves it by a hundredth of the limit."""
     reached, ordered = np.arange(1, z.size + 1) / z.size, ndtr(np.sort(z, axis=None))
     distance = max(float((reached - ordered).max()), float((ordered - reached).max()) + 1 / z.size)
     return _of_p_value(float(kstwobign.sf(distance * math.sqrt(z.size))))
@@ -132,7 +132,7 @@ def test_noise_is_normal_and_independent(draws: Array, name: str) -> None:
 def test_the_last_bits_of_what_is_released_are_even(mechanism: str) -> None:
     """The 256 values of the last eight bits on the grid, chi-square; one draw in 50 with its last bit cleared is found."""
     deviation = SIGMA * CLIPPING_NORM
-    grid = 2.0 ** (math.floor(math.log2(deviation)) - 16) if mechanism == "hardened" else None
+    grid = 2.0 ** (math.floor(math.log2(deviation)) - 12) if mechanism == "hardened" else None
     grid = grid or math.ldexp(math.nextafter(deviation, math.inf), -31)
     noise = _mechanism(mechanism)
     released = noise.add(torch.zeros(1_000_000, dtype=torch.float64), 5).numpy()
@@ -157,8 +157,8 @@ def test_the_same_keystream_gives_the_same_noise_and_another_key_or_step_another
     assert all(torch.equal(first, second) for first, second in zip(rows, again, strict=True))
     for i, first in enumerate(rows):
         for second in rows[:i]:
-            # On the coarser grid two draws meet with probability 4·10^-6: twice in 1,001 with 10^-5.
-            assert int((first == second).sum()) <= 1
+            # On the coarser grid two draws meet with probability 10^-4: five times in 1,001 with 10^-7.
+            assert int((first == second).sum()) <= 4
             assert float(first @ second) ** 2 < LIMIT**2 * 1001 * (SIGMA * CLIPPING_NORM) ** 4
 
 

@@ -37,6 +37,7 @@ class Queue:
         self.more = asyncio.Event()
         self.may_end = asyncio.Event()
         self.may_end.set()
+        self.drained = asyncio.Event()
         self.open = True
 
     def add(self, job: str) -> None:
@@ -112,3 +113,20 @@ async def test_stopping_gives_up_the_job_and_draining_ends_it_first() -> None:
         assert log == [["a1"], ["a1", "end a1"]][event]
         assert list(queue.jobs) == ["2"]
         assert not queue.open
+
+
+async def test_a_drained_consortiums_job_ends_and_the_others_go_on() -> None:
+    log = Log()
+    leaving, staying = Queue("a", log, "1", "2"), Queue("b", log)
+    leaving.may_end.clear()
+    serving = asyncio.create_task(serve_in_turn([leaving, staying], asyncio.Event(), asyncio.Event()))
+    await log.reached(1)
+    leaving.drained.set()
+    leaving.may_end.set()
+    staying.add("1")
+    await log.reached(4)
+    assert log == ["a1", "end a1", "b1", "end b1"]
+    staying.drained.set()  # while it waits for a job: nobody is left, and the program ends
+    await serving
+    assert list(leaving.jobs) == ["2"]
+    assert not leaving.open and not staying.open
