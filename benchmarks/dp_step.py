@@ -12,6 +12,7 @@ plain ones.
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import dp_peers
 import torch
 from _bench import Metric, Samples, arguments, interleaved, machine, report
 from casemate_schemas.job import MAX_STEPS, SGD, Mechanism, Training
+from casemate_worker.environment import reproducible_kernels
 from casemate_worker.training.engine import OwnerData, Trainer
 from dp_cases import CASES, CLIPPING_NORM, LEARNING_RATE, NOISE_MULTIPLIER, Case, plain_step
 from rich.console import Console
@@ -41,6 +43,7 @@ MAX_MEMORY_RATIO = 1.3
 
 
 def main() -> None:
+    os.environ.update(reproducible_kernels())  # read when libraries first compute
     if sys.argv[1:2] == ["--peak"]:
         print(peak_bytes(CASES[sys.argv[2]], sys.argv[3]))
         return

@@ -9,6 +9,7 @@ two padded trainers apart. Every figure comes with what chance alone gives for a
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +20,7 @@ import torch
 from _bench import Metric, arguments, machine, report
 from casemate.planning import padded_size
 from casemate_schemas.job import MAX_STEPS, SGD, Training
+from casemate_worker.environment import reproducible_kernels
 from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.sampling import PoissonSampler
 from dp_cases import CASES, CLIPPING_NORM, LEARNING_RATE, NOISE_MULTIPLIER, Case
@@ -36,6 +38,7 @@ Figures = NDArray[np.float64]
 
 
 def main() -> None:
+    os.environ.update(reproducible_kernels())  # read when libraries first compute
     options = arguments("What step times tell, with and without padded batches")
     torch.set_num_threads(1)
     metrics: list[Metric] = []

@@ -204,14 +204,16 @@ class BookKeeping:
 
         Float64 ``[n, d]`` and ``[n]``, and float32 ``[n]``; not clipped, and for small ``n``: one weighted sum each.
         """
-        terms, losses = self._terms(features, targets)
         n = len(features)
+        terms, losses = self._terms(in_rows(features), in_rows(targets))
+        squares, _ = _squared_norms(terms, len(losses))
+        for term in terms.values():
+            term.keep(n)
         rows = torch.zeros(n, self._size, dtype=torch.float64)
-        squares, _ = _squared_norms(terms, n)
         for row, one in zip(rows, torch.eye(n, dtype=torch.float64), strict=True):
             for index, term in terms.items():
                 term.add_weighted(self._coordinates(row, index, term), one)
-        return rows, squares, losses
+        return rows, squares[:n], losses[:n]
 
     def gradient_alone(self, feature: Tensor, target: Tensor) -> Tensor:
         """The gradient ``[d]`` of a batch of one record by plain autograd: the reference."""

@@ -171,9 +171,7 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """What is released: copies of the model's parameters and buffers, by name, or of their averages where there are any."""
         averages = {} if self._average is None else self._average.tensors
-        return {
-            name: averages.get(name, tensor).detach().clone() for name, tensor in self._model.state_dict().items()
-        }
+        return {name: averages.get(name, tensor).detach().clone() for name, tensor in self._model.state_dict().items()}
 
     def metrics(self, plan: Metrics) -> MetricSums:
         """What the weights to be released make of everyone's records, noised: see :mod:`.metrics`."""

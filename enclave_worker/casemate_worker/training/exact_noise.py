@@ -12,8 +12,8 @@ For a sum of ``d`` coordinates at step ``t``, noise multiplier σ and clipping n
 Records are clipped to less than C (:mod:`.rounding`), so that ``n`` moves by at most ``C·sqrt(1 - r²/s²) / g`` with one
 record, float64's rounding of the sum and in steps 1 and 2 included; keeping within ±2^61 brings integers no further apart.
 The guarantee is then that of the continuous Gaussian mechanism with noise multiplier σ: theorem and proof are in
-:mod:`casemate_privacy.rounding`. One thing is left to the plan: kernels may compute a record's gradient in float32 a little
-differently in another batch (:mod:`.clipping`). With ``max_physical_batch=1`` no record shares a batch, and nothing is left.
+:mod:`casemate_privacy.rounding`. One thing is presumed: that float32 kernels give a record the same bits in every
+batch, which :mod:`.rows` arranges and :mod:`.kernels` tests.
 """
 
 from __future__ import annotations

@@ -122,9 +122,9 @@ class _Seen:
 
     def _is_same(self, bits: Tensor, first: Tensor) -> bool:
         each = len(bits) // len(self._records)
-        if torch.equal(bits, first.unflatten(0, (-1, each))[self._records].flatten(0, 1)):
+        if torch.equal(bits, first.reshape(-1, each, *first.shape[1:])[self._records].flatten(0, 1)):
             return True
-        return each > 1 and torch.equal(bits, first.unflatten(0, (each, -1))[:, self._records].flatten(0, 1))
+        return each > 1 and torch.equal(bits, first.reshape(each, -1, *first.shape[1:])[:, self._records].flatten(0, 1))
 
     def end(self) -> None:
         """There was nothing more."""
@@ -144,9 +144,9 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # weights that are watched come along
             out = func(*args, **(kwargs or {}))
-        self.names.append(str(func))
-        self.found.append([t.shape for t in tensors_in(out)])
-        self.signature.append((str(func), _described(args), _described(kwargs or {})))
+            self.names.append(str(func))
+            self.found.append([t.shape for t in tensors_in(out)])
+            self.signature.append((str(func), _described(args), _described(kwargs or {})))
         return out
 
 
