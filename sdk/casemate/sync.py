@@ -19,7 +19,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from casemate_privacy.owners import Choice
-from casemate_schemas.api import JobStatus, ManifestPublished, RevocationPublished
+from casemate_schemas.api import JobStatus, ManifestPublished, PresentWorker, RevocationPublished
 from casemate_schemas.attestation_policy import AttestationPolicy
 from casemate_schemas.consortium import ConsortiumManifest, SignedManifest
 from casemate_schemas.custody import DatasetShown, LicenceAmended, StateBackedUp
@@ -202,6 +202,14 @@ class Consortium:
     def workers(self) -> WorkerList:
         """See :meth:`casemate.Consortium.workers`."""
         return self._loop.run(self.inner.workers())
+
+    def present_workers(self) -> tuple[PresentWorker, ...]:
+        """See :meth:`casemate.Consortium.present_workers`."""
+        return self._loop.run(self.inner.present_workers())
+
+    def drain_worker(self, worker: str) -> PresentWorker:
+        """See :meth:`casemate.Consortium.drain_worker`."""
+        return self._loop.run(self.inner.drain_worker(worker))
 
     def attest_key_broker(self, key_broker: str, *, policy: AttestationPolicy | None = None) -> AttestedKeyBroker:
         """See :meth:`casemate.Consortium.attest_key_broker`."""
