@@ -19,7 +19,7 @@ from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas.api import JOBS_PATH
 from casemate_schemas.codec import decode, encode
-from casemate_schemas.errors import ConflictError
+from casemate_schemas.errors import ConflictError, KeyReusedError
 from casemate_schemas.job_state import JobRecord, revise
 from casemate_schemas.result import Release
 from casemate_schemas.sealing import open_ciphertext, unseal_content_key
@@ -120,6 +120,6 @@ async def test_an_id_that_is_taken_is_not_another_jobs(road: Road, trained: Any,
     """From another machine of the same person, which does not know the salt: other terms, so not the same job."""
     async with road.connected(SCIENTIST, state_dir=tmp_path) as consortium:
         before = await road.charged(trained.datasets)
-        with pytest.raises(ConflictError, match="another job with this id"):
+        with pytest.raises(KeyReusedError, match="another job with this id"):
             await consortium.train(**trained.request)
     assert await road.charged(trained.datasets) == before

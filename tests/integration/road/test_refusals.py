@@ -422,7 +422,7 @@ async def test_a_submission_is_its_signers_alone(road: Road, trained: Any) -> No
     assert (code, problem["reason"]) == (413, "too_large")
     routing = trained.submission.routing.peek(Routing)
     stolen = routing.model_copy(update={"recipients": (mallory.signing.public,)})
-    for key, status, reason in ((mallory.signing, 401, "bad_signature"), (clara.signing, 409, "conflict")):
+    for key, status, reason in ((mallory.signing, 401, "bad_signature"), (clara.signing, 422, "key_reused")):
         changed = trained.submission.model_copy(update={"routing": sign(stolen, key)})
         code, problem, _ = await ask(road, clara, "POST", JOBS_PATH, encode(changed))
         assert (code, problem["reason"]) == (status, reason)
