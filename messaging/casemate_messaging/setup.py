@@ -128,7 +128,7 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             settings,
             max_msgs_per_subject=1,
             max_age=settings.nonce_age_s,
-            max_bytes=256 << 20,
+            max_bytes=64 << 20,
             duplicate_window=min(_DUPLICATE_WINDOW_S, settings.nonce_age_s),
         ),
     ]
