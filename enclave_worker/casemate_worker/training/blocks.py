@@ -28,7 +28,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST_FACTOR: Final = 2.0**-40
@@ -61,14 +63,15 @@ class Blocks:
 
         ``factors`` are float32 ``[n]``.
         """
-        count, elements = factors.shape[0], total.shape[0]
+        count, elements, column = factors.shape[0], total.shape[0], factors[:, None]
         covered = sum(term.elements for term in terms.values()) == elements
         at_once = self.size * max(1, min(_SUMMED, _BUFFER_ELEMENTS // elements))
         for start in range(0, count, at_once):
             part = Part(start, min(at_once, count - start), self.size)
             sums = torch.empty(part.count, elements) if covered else torch.zeros(part.count, elements)
+            weights = part.of(column)
             for begin, term in terms.items():
-                term.sum_blocks(sums[:, begin : begin + term.elements], part, factors)
+                term.sum_blocks(sums[:, begin : begin + term.elements], part, weights)
             total += sums[0] if part.count == 1 else sums.sum(dim=0)
 
 
@@ -83,12 +86,12 @@ class Part:
 
     def of(self, rows: Tensor) -> Tensor:
         """Those of a batch's ``rows`` (``[n, ...]``)."""
-        return rows[self._start : self._end] if self._start or self._end < rows.shape[0] else rows
+        return rows[self._start : self._end] if self._start or self._end < len(rows) else rows
 
     def blocks(self, rows: Tensor) -> Tensor:
         """Of these ``rows`` (``[records, width]``) those in blocks, ``[count, size, width]``."""
         whole = rows[: -self._rest] if self._rest else rows
-        return whole.reshape(self.count, self._size, rows.shape[1])
+        return whole.reshape(self.count, self._size, -1)
 
     def rest(self, rows: Tensor) -> Tensor | None:
         """The others of these ``rows``, if there are any."""
@@ -102,26 +105,29 @@ class BlockTerm(Protocol):
     def elements(self) -> int:
         """How many coordinates it has."""
 
-    def sum_blocks(self, out: Tensor, part: Part, factors: Tensor) -> None:
-        """Write the weighted sum of each block of ``part``, with the rest, to ``out`` (float32 ``[count, elements]``)."""
+    def sum_blocks(self, out: Tensor, part: Part, weights: Tensor) -> None:
+        """Write the weighted sum of each block of ``part``, with the rest, to ``out`` (float32 ``[count, elements]``).
+
+        ``weights`` (float32 ``[records, 1]``) are those of the part.
+        """
 
 
-def sum_products(out: Tensor, part: Part, left: Tensor, right: Tensor) -> None:
+def sum_products(out: Tensor, part: Part, left: Tensor, right: Tensor, *, shift: bool = False) -> None:
     """Write ``Σ_i left_i ⊗ right_i`` of each block of ``part`` to ``out`` (``[count, d·p]``).
 
-    ``left`` and ``right`` are the part's: ``[records, d]`` and ``[records, p]``.
+    ``left`` and ``right`` are the part's: ``[records, d]`` and ``[records, p]``. With ``shift``, ``Σ_i left_i`` comes after
+    it, in ``d`` columns more.
     """
-    found = out.view(part.count, left.shape[1], right.shape[1])
-    torch.bmm(part.blocks(left).mT, part.blocks(right), out=found)
+    d, p = left.shape[1], right.shape[1]
+    products, shifts = out.split_with_sizes((d * p, d), 1) if shift else (out, None)
+    blocks, found = part.blocks(left), products.view(part.count, d, p)
+    torch.bmm(blocks.mT, part.blocks(right), out=found)
+    if shifts is not None:
+        torch.sum(blocks, 1, out=shifts)
     if (x := part.rest(left)) is not None and (y := part.rest(right)) is not None:
         found[0].addmm_(x.t(), y)
-
-
-def sum_rows(out: Tensor, part: Part, rows: Tensor) -> None:
-    """Write ``Σ_i rows_i`` of each block of ``part`` to ``out`` (``[count, width]``), of its ``[records, width]``."""
-    torch.sum(part.blocks(rows), 1, out=out)
-    if (more := part.rest(rows)) is not None:
-        out[0] += more.sum(dim=0)
+        if shifts is not None:
+            shifts[0] += x.sum(dim=0)
 
 
 def blocks_for(expected_batch: float) -> Blocks | None:
@@ -137,24 +143,24 @@ def blocks_for(expected_batch: float) -> Blocks | None:
 def upper_products(pairs: Sequence[tuple[Tensor, Tensor, bool]]) -> Tensor:
     """Upper bounds on ``Σ (‖a_i‖² + shift)·‖g_i‖²`` over ``a``, ``g`` and whether there is a shift, float64 ``[n]``.
 
-    As the products of :func:`upper_squares`; all at once, because operations on so little cost more than their arithmetic.
+    As the products of :func:`upper_squares`, with one rounding more for a root; all at once, because operations on so little
+    cost more than their arithmetic.
     """
     widest = max(max(a.shape[1], g.shape[1]) for a, g, _ in pairs)
     if widest >= _WIDTH:
         return sum((upper_squares(a) + float(shift)) * upper_squares(g) for a, g, shift in pairs)  # type: ignore[return-value]
-    squares = torch.empty(2, len(pairs), pairs[0][0].shape[0])
-    for index, (a, g, _) in enumerate(pairs):
-        torch.linalg.vecdot(a, a, out=squares[0, index])
-        torch.linalg.vecdot(g, g, out=squares[1, index])
-    inner, outer = squares.double().add_(_floors(tuple(shift for *_, shift in pairs)))
-    products: Tensor = inner.mul_(outer).sum(dim=0)
-    return products.mul_((1 + (widest + 4) * _UNIT) ** 2)
+    norms = torch.stack([torch.linalg.vector_norm(rows, dim=1) for pair in pairs for rows in pair[:2]])
+    squares = np.square(norms.numpy(), dtype=np.float64)
+    squares += _floors(tuple(shift for *_, shift in pairs))
+    products = np.einsum("in,in->n", squares[0::2], squares[1::2])
+    products *= (1 + (widest + 6) * _UNIT) ** 2
+    return torch.from_numpy(products)
 
 
 @lru_cache(maxsize=64)
-def _floors(shifts: tuple[bool, ...]) -> Tensor:
-    """What is added to squared norms, ``[2, len(shifts), 1]``."""
-    return torch.tensor([[shift + _FLOOR for shift in shifts], [_FLOOR] * len(shifts)], dtype=torch.float64)[:, :, None]
+def _floors(shifts: tuple[bool, ...]) -> NDArray[np.float64]:
+    """What is added to squared norms, ``[2·len(shifts), 1]``."""
+    return np.array([[floor] for shift in shifts for floor in (shift + _FLOOR, _FLOOR)])
 
 
 def upper_squares(rows: Tensor) -> Tensor:

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import reduce
 from itertools import accumulate
 from typing import Final, Literal, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class Clipping(Protocol):
 
 
 def clip_factors(
-    squared_norms: Tensor, slack: Tensor, usable: Tensor, *, elements: int, clipping_norm: float
+    squared_norms: Tensor, slack: Tensor | None, usable: Tensor, *, elements: int, clipping_norm: float
 ) -> Tensor:
     """Factors, float64 ``[n]`` in [0, 1], that bring vectors of ``elements`` coordinates to norms at most C.
 
@@ -85,9 +86,13 @@ def clip_factors(
     So the root of the sum of both, times ``1 + (elements + 8)·2^-52``, is an upper bound on the true norm that also
     absorbs the rounding of this product and of the quotient C / bound. Where the bound is at most C, the factor is 1.
     """
-    bounds = (squared_norms + slack).sqrt_().mul_(1.0 + (elements + 8) * 2.0**-52)
-    factors = (clipping_norm / bounds).clamp_(max=1.0)  # NaN for NaN, 0 for infinity
-    return torch.where(usable, factors, 0.0).nan_to_num_(nan=0.0)
+    squares = squared_norms.numpy() if slack is None else (squared_norms + slack).numpy()
+    with np.errstate(all="ignore"):
+        bounds = np.sqrt(squares)
+        bounds *= 1.0 + (elements + 8) * 2.0**-52
+        factors = np.divide(clipping_norm, bounds, out=bounds)  # NaN for NaN, 0 for infinity
+        np.minimum(factors, 1.0, out=factors)
+        return torch.from_numpy(np.where(usable.numpy() & (factors >= 0), factors, 0.0))
 
 
 class BookKeeping:
@@ -197,7 +202,12 @@ class BookKeeping:
                 book, losses = self._record(features, targets, lambda _index, _use: "ghost")
             terms = {i: term_of(uses, self._strategy(i, uses[0])) for i, uses in sorted(book.uses().items())}
         squares, slack = _squared_norms(terms, len(features))
-        return [losses, squares, slack, *(part for term in terms.values() for part in term.parts())]
+        return [
+            losses,
+            squares,
+            *([] if slack is None else [slack]),
+            *(part for term in terms.values() for part in term.parts()),
+        ]
 
     def gradients(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch of at least one record, by the very strategies that clip: gradients, squared norms, losses.
@@ -247,13 +257,17 @@ class BookKeeping:
         """Each record's: for C less what float32 sums need, whichever sums this batch gets, as neighbours may get others."""
         squares, slack = _squared_norms(terms, losses.shape[0])
         norm = self.clipping_norm if self._blocks is None else self.clipping_norm * (1.0 - self._blocks.room)
-        factors = clip_factors(squares, slack, losses.isfinite(), elements=self._size, clipping_norm=norm)
-        return factors if self._blocks is None else F.threshold(factors, LEAST_FACTOR, 0.0, inplace=True)
+        usable = torch.from_numpy(np.isfinite(losses.numpy()))
+        factors = clip_factors(squares, slack, usable, elements=self._size, clipping_norm=norm)
+        if self._blocks is not None:
+            values = factors.numpy()
+            values *= values > LEAST_FACTOR
+        return factors
 
     def _add_weighted(self, total: Tensor, terms: Mapping[int, Term], factors: Tensor, blocks: Blocks | None) -> None:
         """Zero times infinity is no zero: records of factor 0 are taken out before anything is multiplied."""
-        dropped = factors == 0
-        if self._uniform or bool(dropped.any()):
+        if self._uniform or not factors.numpy().all():
+            dropped = factors == 0
             for term in terms.values():
                 term.drop(dropped)
         in_blocks = {i: t for i, t in terms.items() if blocks is not None and isinstance(t, Instantiated | RankOne)}
@@ -268,12 +282,14 @@ class BookKeeping:
         return total[self._starts[index] : self._starts[index] + term.elements]
 
 
-def _squared_norms(terms: Mapping[int, Term], count: int) -> tuple[Tensor, Tensor]:
+def _squared_norms(terms: Mapping[int, Term], count: int) -> tuple[Tensor, Tensor | None]:
+    """Over all terms, as :meth:`Term.squared_norms` of each."""
     found = [term.squared_norms() for term in terms.values() if not isinstance(term, RankOne)]
     if outer := [term.factors for term in terms.values() if isinstance(term, RankOne)]:
         found.append((upper_products(outer), None))
-    zeros = torch.zeros(count, dtype=torch.float64)
-    return sum((square for square, _ in found), zeros), sum((more for _, more in found if more is not None), zeros)
+    squares = [square for square, _ in found] or [torch.zeros(count, dtype=torch.float64)]
+    slack = [more for _, more in found if more is not None]
+    return reduce(torch.add, squares), reduce(torch.add, slack) if slack else None
 
 
 def _products(uses: list[Use]) -> int:
@@ -284,6 +300,8 @@ def _products(uses: list[Use]) -> int:
 def _choice(mode: Mode, uses: list[Use], blocks: Blocks | None) -> Strategy:
     if mode != "ghost" and any(isinstance(use, RowsUse) for use in uses):
         return "per_sample"  # what comes formed has to be added to what else there is
+    if mode == "auto" and len(uses) == 1 and isinstance(uses[0], LinearUse) and _products(uses) == 1:
+        return "ghost"  # a product of two vectors: nothing is cheaper, whatever a measurement of so little says
     if mode == "auto":
         return measured_strategy(uses, blocks)
     if mode == "book_keeping":

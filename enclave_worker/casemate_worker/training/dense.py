@@ -1,8 +1,8 @@
 """Chains of linear layers and activations, forward and backward by hand: for small networks dispatch is most of a step.
 
 The same functions on the same numbers in the same order as :mod:`.watching` and autograd would call, so what comes out is
-the same, bit for bit; only nothing is intercepted, and no graph is built but for the loss. Whatever is not such a chain, or
-has hooks, goes the other way.
+the same, bit for bit; only nothing is intercepted, and no graph is built, unless the loss needs one. Whatever is not such a
+chain, or has hooks, goes the other way.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from casemate_models import operations as ops
 from casemate_models.building import Interpreter
+from casemate_models.losses import ExampleLoss, loss_with_gradient
 from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
 
@@ -36,7 +37,8 @@ class Activation:
     keeps_output: bool
 
 
-_RELU: Final = Activation(torch.relu_, lambda g, kept: aten.threshold_backward(g, kept, 0, grad_input=g), True)
+_relu_backward = aten.threshold_backward.grad_input
+_RELU: Final = Activation(torch.relu_, lambda g, kept: _relu_backward(g, kept, 0, grad_input=g), True)
 _TANH: Final = Activation(torch.tanh_, aten.tanh_backward, True)
 _SIGMOID: Final = Activation(torch.sigmoid_, aten.sigmoid_backward, True)
 _SILU: Final = Activation(F.silu, aten.silu_backward, False)
@@ -95,12 +97,11 @@ class Dense:
         """What the batch used, by position, and its losses ``[n]``."""
         with torch.no_grad():
             outputs, kept = self._forward(features)
-            with torch.enable_grad():
-                losses = loss(outputs.requires_grad_(), targets)
-                if not losses.requires_grad:
-                    return {}, losses
-                (gradient,) = torch.autograd.grad(losses, outputs, torch.ones_like(losses))
-            return self._backward(gradient, kept), losses.detach()
+            if isinstance(loss, ExampleLoss):
+                losses, gradient = loss.with_gradient(outputs, targets)
+            else:
+                losses, gradient = loss_with_gradient(loss, outputs, targets)
+            return self._backward(gradient, kept), losses
 
     def _forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The outputs, and what each link needs again: its input, or an activation's output."""

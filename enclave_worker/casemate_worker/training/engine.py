@@ -19,7 +19,7 @@ from typing import Annotated, ClassVar, Final, Literal
 
 import safetensors.torch
 import torch
-from casemate_models.losses import per_example_loss
+from casemate_models.losses import ExampleLoss
 from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ModelError, ParameterError, StateError
 from casemate_schemas.job import MAX_STEPS, Metrics, Training
@@ -155,7 +155,7 @@ class Trainer:
             noisy = self._noise.add(total, self._step)  # 3
             if self._observe is not None:
                 self._observe(noisy)
-            self._descend(noisy / self._expected_batch)  # 4
+            self._descend(noisy * (1.0 / self._expected_batch))  # 4
         self._step += 1
         if self._average is not None:
             self._average.update(self._step)
@@ -215,7 +215,7 @@ class Trainer:
 
     def _checked_clipping(self, owners: Sequence[OwnerData], mode: Mode) -> tuple[BookKeeping, Tensor]:
         """How this plan's gradients are clipped, proven on synthetic records, and the model's outputs for some."""
-        loss: Loss = partial(per_example_loss, self._plan.loss)
+        loss: Loss = ExampleLoss(self._plan.loss)
         model, physical = self._model, self._plan.max_physical_batch
         features, targets = owners[0].features[:0], owners[0].targets[:0]
         if self._plan.padded_batch is not None or owners[0].subjects is not None:

@@ -50,6 +50,7 @@ which another machine may make, hardly ever shows, and then as a 4,096th of the 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -85,26 +86,44 @@ def noise_mechanism(mechanism: Mechanism, seed: bytes, clipping_norm: float) -> 
     return lambda noise_multiplier: chosen(seed, noise_multiplier=noise_multiplier, clipping_norm=clipping_norm)
 
 
-def standard_normals(streams: Sequence[Words], count: int) -> NDArray[np.float64]:
+class Scratch:
+    """Memory for one draw after another: fetching new pages for each would take as long as its arithmetic.
+
+    Every thread has its own.
+    """
+
+    def __init__(self) -> None:
+        """With nothing yet."""
+        self._kept = threading.local()
+
+    def arrays(self, pairs: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint64]]:
+        """Two arrays ``[pairs]`` of floats and one of words, the same ones each time, holding anything."""
+        if getattr(self._kept, "pairs", 0) != pairs:
+            self._kept.found = np.empty(pairs), np.empty(pairs), np.empty(pairs, np.uint64)
+            self._kept.pairs = pairs
+        found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint64]] = self._kept.found
+        return found
+
+
+def standard_normals(streams: Sequence[Words], count: int, scratch: Scratch | None = None) -> NDArray[np.float64]:
     """Of each stream ``count`` standard normals, an even number: ``[len(streams), count]``; see the module's docstring."""
     words = np.concatenate([stream.take(count) for stream in streams])
-    first = words[0::2]
-    logarithms = first.astype(np.float64)
-    logarithms += 1.0
+    first, second = words[0::2], words[1::2]
+    radius, turned, other = (scratch or Scratch()).arrays(len(first))
+    logarithms = np.add(first, 1.0, out=radius, dtype=np.float64)
     logarithms *= 2.0**-64
     np.log(logarithms, out=logarithms)
-    for pair in np.flatnonzero(first + _RARE < _RARE + _RARE):  # wraps
+    for pair in np.flatnonzero(np.add(first, _RARE, out=other) < _RARE + _RARE):  # wraps
         more = streams[int(2 * pair // count)].take(1)
         logarithms[pair] = _logarithm(int(first[pair]), int(more[0]))
     logarithms *= -2.0
-    radius = np.sqrt(logarithms, out=logarithms)
-    angle = (words[1::2] >> np.uint64(11)).astype(np.float64)
-    angle *= 2.0**-53
+    np.sqrt(logarithms, out=radius)
+    angle = np.multiply(np.right_shift(second, np.uint64(11), out=other), 2.0**-53, out=turned, dtype=np.float64)
     angle *= 2.0 * np.pi
-    normals = np.empty(len(words))
-    turned = torch.from_numpy(angle)
-    np.multiply(radius, turned.cos().numpy(), out=normals[0::2])
-    np.multiply(radius, turned.sin_().numpy(), out=normals[1::2])
+    normals = words.view(np.float64)  # in their place: both words of a pair have been read
+    cosine = torch.cos(torch.from_numpy(angle), out=torch.from_numpy(other.view(np.float64)))
+    np.multiply(radius, cosine.numpy(), out=normals[0::2])
+    np.multiply(radius, torch.from_numpy(angle).sin_().numpy(), out=normals[1::2])
     return normals.reshape(len(streams), count)
 
 
@@ -126,14 +145,20 @@ class HardenedGaussian:
             raise ParameterError("expected a positive noise multiplier and clipping norm")
         self._grid = math.ldexp(1.0, math.frexp(self._deviation)[1] - 1 - _GRID_BITS)
         self._keystream = Keystream(seed, NOISE)
+        self._scratch = Scratch()
         self._ahead = Ahead(self._draw)
 
     def add(self, total: Tensor, step: int) -> Tensor:
         """See :meth:`Noise.add`."""
-        noise = self._ahead.take(step, len(total))
-        part = total * (1.0 / self._grid)
-        whole = part.round()
-        return part.sub_(whole).add_(noise).round_().add_(whole).mul_(self._grid)
+        noise = self._ahead.take(step, len(total)).numpy()
+        part = total.numpy() * (1.0 / self._grid)
+        whole = np.rint(part)
+        part -= whole
+        part += noise
+        np.rint(part, out=part)
+        part += whole
+        part *= self._grid
+        return torch.from_numpy(part)
 
     def draw_ahead(self, step: int, count: int) -> None:
         """See :meth:`Noise.draw_ahead`."""
@@ -141,6 +166,6 @@ class HardenedGaussian:
 
     def _draw(self, steps: range, count: int) -> list[Tensor]:
         """For each step normals of standard deviation σC in steps of the grid, float64 ``[count]``: all at once."""
-        normals = standard_normals([self._keystream.at(step) for step in steps], count + count % 2)
+        normals = standard_normals([self._keystream.at(step) for step in steps], count + count % 2, self._scratch)
         normals *= self._deviation / self._grid
         return list(torch.from_numpy(normals[:, :count]).unbind())

@@ -17,17 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import torch
 import torch.nn.functional as F
 from casemate_schemas.errors import ModelError
+from casemate_schemas.result import ClippingStrategy
 from torch import Tensor
 
-from .blocks import Part, sum_products, sum_rows, upper_products, upper_squares
+from .blocks import Part, sum_products, upper_products, upper_squares
 
-Strategy = Literal["ghost", "per_sample", "grouped", "patches"]
-"""How one parameter's gradients are handled: never formed, or formed, in one of three ways for a convolution."""
+Strategy = ClippingStrategy
 
 _CHUNK_ELEMENTS: Final = 1 << 18
 """Float64 temporaries of this many elements (2 MiB) stay in a core's cache; larger ones cost page faults."""
@@ -236,9 +236,9 @@ class Instantiated:
         for columns in self._columns():
             total[columns] += factors @ self.rows[:, columns].double()
 
-    def sum_blocks(self, out: Tensor, part: Part, factors: Tensor) -> None:
+    def sum_blocks(self, out: Tensor, part: Part, weights: Tensor) -> None:
         """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
-        sum_products(out, part, part.of(factors)[:, None], part.of(self.rows))
+        sum_products(out, part, weights, part.of(self.rows))
 
     def _columns(self) -> list[slice]:
         n, elements = self.rows.shape
@@ -372,13 +372,11 @@ class RankOne:
         if self._shift:
             total[d * p :] += g.sum(dim=0)
 
-    def sum_blocks(self, out: Tensor, part: Part, factors: Tensor) -> None:
+    def sum_blocks(self, out: Tensor, part: Part, weights: Tensor) -> None:
         """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
-        outer, g, weights = self._g.shape[1] * self._a.shape[1], part.of(self._g), part.of(factors)[:, None]
+        g = part.of(self._g)
         g = g.mul_(weights) if self._owned else g * weights
-        sum_products(out[:, :outer], part, g, part.of(self._a))
-        if self._shift:
-            sum_rows(out[:, outer:], part, g)
+        sum_products(out, part, g, part.of(self._a), shift=self._shift)
 
 
 class Sparse:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from casemate_models.losses import check_loss, per_example_loss
+from casemate_models.losses import ExampleLoss, check_loss, per_example_loss
 from casemate_models.tracing import trace
 from casemate_schemas.errors import ModelError, ParameterError
 from casemate_schemas.pipeline import Loss, PipelineSpec
@@ -37,6 +37,29 @@ def test_cross_entropy_takes_one_row_of_logits_an_example() -> None:
     for outputs, targets in [((3,), (3,)), ((2, 4), (3,)), ((3, 4, 2), (3,)), ((3, 4), (3, 1))]:
         with pytest.raises(ModelError):
             per_example_loss("cross_entropy", torch.zeros(outputs), torch.zeros(targets, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mean_squared_error"])
+@pytest.mark.parametrize("hostile", [False, True])
+def test_gradients_are_those_of_autograd_bit_for_bit(loss: Loss, hostile: bool) -> None:
+    torch.manual_seed(4)
+    outputs = 9 * torch.randn(40, 7 if loss == "cross_entropy" else 1)
+    targets = torch.randint(0, 7, (40,)) if loss == "cross_entropy" else torch.rand(40)
+    if hostile:
+        outputs[3], outputs[4], outputs[5] = torch.inf, -torch.inf, torch.nan
+        targets[6] = -100 if loss == "cross_entropy" else torch.inf  # -100 is no class: loss and gradient are zero
+    leaf = outputs.clone().requires_grad_()
+    expected = per_example_loss(loss, leaf, targets)
+    expected.sum().backward()
+    with torch.no_grad():
+        losses, gradient = ExampleLoss(loss).with_gradient(outputs, targets)
+    assert torch.equal(losses.view(torch.int32), expected.detach().view(torch.int32))
+    assert leaf.grad is not None
+    assert torch.equal(gradient.view(torch.int32), leaf.grad.view(torch.int32))
+    assert not losses.requires_grad and not gradient.requires_grad
+    for wrong in (outputs[:3], outputs.flatten()[:, None, None]):
+        with pytest.raises(ModelError):
+            ExampleLoss(loss).with_gradient(wrong, targets)
 
 
 def test_an_unknown_loss_is_refused() -> None:

@@ -198,6 +198,31 @@ def test_products_of_wide_and_narrow_layers_agree() -> None:
     assert torch.allclose(narrow, (a[:, :9].double().square().sum(1) + 1) * g.double().square().sum(1), rtol=1e-5)
 
 
+_rows = st.integers(1, 5).flatmap(
+    lambda width: st.lists(
+        st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=width, max_size=width),
+        min_size=2,
+        max_size=2,
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=_rows, second=_rows, third=_rows, shift=st.booleans())
+def test_products_of_any_rows_are_upper_bounds_and_close(
+    first: list[list[float]], second: list[list[float]], third: list[list[float]], shift: bool
+) -> None:
+    pairs = [(torch.tensor(first), torch.tensor(second), shift), (torch.tensor(third), torch.tensor(second), False)]
+    for row, bound in enumerate(upper_products(pairs).tolist()):
+        squares = [_square(_exact(torch.tensor(rows[row]))) for rows in (first, second, third)]
+        true = (squares[0] + shift) * squares[1] + squares[2] * squares[1]
+        if bound == float("inf"):
+            assert max(squares) > 10**38
+        else:
+            floors = Fraction(1, 2**78) * (sum(squares) + 2)
+            assert true <= Fraction(bound) <= true * (1 + Fraction(1, 2**18)) + floors
+
+
 def test_shortened_products_are_refused() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
