@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Final, Protocol
 
 import torch
@@ -46,6 +47,9 @@ class Use(Protocol):
 
     def instantiate(self, strategy: Strategy) -> Tensor:
         """Each record's gradient, float32 ``[n, elements]``, elements in the parameter's own order."""
+
+    def form(self, strategy: Strategy) -> RowsUse:
+        """Each record's gradient, elements in whatever order is quickest."""
 
     def elements(self) -> int:
         """How many the parameter has."""
@@ -78,15 +82,38 @@ class Term(Protocol):
         """Add ``Σ_i factors_i · gradient_i`` to ``total`` (float64 ``[elements]``); ``factors`` are float64 ``[n]``."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """How elements lie where not as the parameter has them: by axes of these sizes, which ``axes`` permute into its own."""
+
+    sizes: torch.Size
+    axes: tuple[int, ...]
+
+    def undone(self, rows: Tensor) -> Tensor:
+        """``[m, elements]`` in the parameter's own order."""
+        return rows.view(-1, *self.sizes).permute(0, *(axis + 1 for axis in self.axes)).reshape(rows.shape)
+
+
 @dataclass(eq=False)
 class RowsUse:
-    """Gradients that the backward pass gives record by record: biases, scales."""
+    """Gradients record by record, float32 ``[n, elements]``: formed, or as the backward pass gives those of biases and scales."""
 
     rows: Tensor
+    order: Order | None = None
 
     def instantiate(self, strategy: Strategy) -> Tensor:
-        """As they are."""
-        return self.rows
+        """As they are, in the parameter's own order."""
+        return self.rows if self.order is None else self.order.undone(self.rows)
+
+    def form(self, strategy: Strategy) -> RowsUse:
+        """Itself."""
+        return self
+
+    def plus(self, other: RowsUse) -> RowsUse:
+        """The sums."""
+        if self.order == other.order:
+            return RowsUse(self.rows + other.rows, self.order)
+        return RowsUse(self.instantiate("per_sample") + other.instantiate("per_sample"))
 
     def elements(self) -> int:
         """See :meth:`Use.elements`."""
@@ -104,6 +131,10 @@ class LinearUse:
         """One small product a record."""
         a, g = self.factors(slice(None))
         return torch.bmm(g[:, 0].transpose(1, 2), a[:, 0]).flatten(1)
+
+    def form(self, strategy: Strategy) -> RowsUse:
+        """See :meth:`Use.form`."""
+        return RowsUse(self.instantiate(strategy))
 
     def sizes(self) -> tuple[int, int, int, int]:
         """Groups, positions, features in and out."""
@@ -151,6 +182,38 @@ class ConvUse:
             else:
                 rows[records] = self._weight_gradient(self.activation[records], self.gradient[records], 1).view(1, -1)
         return rows
+
+    def form(self, strategy: Strategy) -> RowsUse:
+        """See :meth:`Use.form`. ``patches`` by rows where no row is skipped."""
+        in_plane = len(self.stride) == 2 and self.stride[0] == 1 and self.weight_shape[2] > 1
+        return (
+            self._by_rows()
+            if strategy == "patches" and in_plane and self.groups == 1
+            else RowsUse(self.instantiate(strategy))
+        )
+
+    def _by_rows(self) -> RowsUse:
+        """``patches`` with less to copy: they are unfolded along columns alone.
+
+        What meets one row of the kernel is then a piece of memory without gaps. The order: rows of the kernel, features
+        out, features in, columns of the kernel.
+        """
+        d, c, height, width = self.weight_shape
+        n, (_, _, out_height, out_width) = self.activation.shape[0], self.gradient.shape
+        found = self.activation.new_empty(n, height, d, c * width)
+        step, span = self.dilation[1], self.dilation[1] * (width - 1) + 1
+        padded_height = self.activation.shape[2] + 2 * self.padding[0]
+        size = max(1, _CHUNK_ELEMENTS // (c * width * padded_height * out_width))
+        sides = [side for padding in reversed(self.padding) for side in (padding, padding)]
+        for records in (slice(start, min(start + size, n)) for start in range(0, n, size)):
+            x = F.pad(self.activation[records], sides).unfold(3, span, self.stride[1])[..., ::step]
+            patches = x.permute(0, 1, 4, 2, 3).reshape(x.shape[0], c * width, -1)
+            gradient = self.gradient[records].flatten(2)
+            for row in range(height):
+                start = row * self.dilation[0] * out_width
+                met = patches[:, :, start : start + out_height * out_width]
+                torch.bmm(gradient, met.mT, out=found[records, row])
+        return RowsUse(found.view(n, -1), Order(torch.Size((height, d, c, width)), (1, 2, 0, 3)))
 
     def elements(self) -> int:
         """See :meth:`Use.elements`."""
@@ -200,13 +263,18 @@ class EmbeddingUse:
         """See :meth:`Use.elements`."""
         return self.count * self.gradient.shape[2]
 
+    def form(self, strategy: Strategy) -> RowsUse:
+        """See :meth:`Use.form`."""
+        return RowsUse(self.instantiate(strategy))
+
 
 class Instantiated:
     """See the module's docstring."""
 
-    def __init__(self, rows: Tensor) -> None:
-        """Of float32 gradients ``[n, elements]``."""
+    def __init__(self, rows: Tensor, order: Order | None = None) -> None:
+        """Of float32 gradients ``[n, elements]``; of elements in another order than the parameter's, sums alone are permuted."""
         self.rows = rows
+        self._order = order
 
     @property
     def elements(self) -> int:
@@ -233,12 +301,21 @@ class Instantiated:
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`."""
-        for columns in self._columns():
-            total[columns] += factors @ self.rows[:, columns].double()
+        if self._order is None:
+            for columns in self._columns():
+                total[columns] += factors @ self.rows[:, columns].double()
+        else:
+            found = torch.cat([factors @ self.rows[:, columns].double() for columns in self._columns()])
+            total += self._order.undone(found[None])[0]
 
     def sum_blocks(self, out: Tensor, part: Part, weights: Tensor) -> None:
         """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
-        sum_products(out, part, weights, part.of(self.rows))
+        if self._order is None:
+            sum_products(out, part, weights, part.of(self.rows))
+        else:
+            found = torch.empty(part.count, self.elements)
+            sum_products(found, part, weights, part.of(self.rows))
+            out.copy_(self._order.undone(found))
 
     def _columns(self) -> list[slice]:
         n, elements = self.rows.shape
@@ -431,7 +508,8 @@ def term_of(uses: Sequence[Use], strategy: Strategy) -> Term:
     lookups = [use for use in uses if isinstance(use, EmbeddingUse)]
     if len(lookups) == len(uses):
         return Sparse(lookups)
-    return Instantiated(sum((use.instantiate(strategy) for use in uses[1:]), uses[0].instantiate(strategy)))
+    formed = reduce(RowsUse.plus, (use.form(strategy) for use in uses))
+    return Instantiated(formed.rows, formed.order)
 
 
 def strategies_for(use: Use) -> tuple[Strategy, ...]:

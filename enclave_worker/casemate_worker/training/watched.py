@@ -37,9 +37,11 @@ class Book:
         """Enter one use. Gradients that will be needed record by record are formed now, while all is in the cache."""
         strategy = self._strategies.setdefault(index, self._strategy_of(index, use))
         uses = self._uses.setdefault(index, [])
-        uses.append(use if strategy == "ghost" else RowsUse(use.instantiate(strategy)))
-        if strategy != "ghost" and len(uses) == 2:
-            uses[:] = [RowsUse(uses[0].instantiate(strategy) + uses[1].instantiate(strategy))]
+        if strategy == "ghost":
+            uses.append(use)
+            return
+        formed = use.form(strategy)
+        uses[:] = [uses[0].form(strategy).plus(formed) if uses else formed]
 
     def terms(self) -> dict[int, Term]:
         """What there is for each parameter that the batch used; one may stand for the parameter after its own, too."""

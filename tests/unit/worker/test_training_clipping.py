@@ -185,6 +185,10 @@ def _networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
             ),
             (2, 8, 8),
         ),
+        "conv2d by rows": (
+            nn.Sequential(nn.Conv2d(2, 3, (3, 2), (1, 2), (1, 2), (2, 1)), nn.Tanh(), nn.Conv2d(3, 2, (2, 1))),
+            (2, 7, 6),
+        ),
         "conv2d same": (nn.Sequential(nn.Conv2d(2, 2, 3, padding="same", dilation=2), nn.Flatten()), (2, 4, 5)),
         "conv2d circular": (nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), (1, 4, 4)),
         "conv3d": (nn.Sequential(nn.Conv3d(2, 2, 2, padding=1), nn.GroupNorm(1, 2), nn.Conv3d(2, 1, 2)), (2, 3, 4, 3)),
@@ -219,6 +223,10 @@ def test_every_layer_agrees_with_a_float64_loop_over_single_records(name: str) -
         for strategy in STRATEGIES:
             clipping.strategies = dict.fromkeys(clipping.strategies, strategy)
             assert _error(clipping.clipped_sum(x, y), expected) < 1e-5, strategy
+    for strategy in STRATEGIES:  # in float32; nothing is clipped
+        blocks = BookKeeping(model, _squares_loss, clipping_norm=1e6, max_physical_batch=8, expected_batch=len(x))
+        blocks.strategies = dict.fromkeys(clipping.strategies, strategy)
+        assert _error(blocks.clipped_sum(x, y), expected) < 1e-5, strategy
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
