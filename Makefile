@@ -1,6 +1,9 @@
 # Everything sets itself up: a virtual environment in .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# So many processes share the files of tests among them; with 0 it is one after another.
+PROCESSES ?= 2
+SHARED := -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 SOURCES := schemas attestation privacy models messaging key_broker broker_gateway enclave_worker sdk tests benchmarks
 
 .PHONY: demo test lint unit integration faults chaos fuzz fuzz-short bench results audit api cluster clean
@@ -17,19 +20,19 @@ lint: .venv/.dev
 	$(BIN)/lint-imports
 
 unit: .venv/.dev
-	$(BIN)/pytest tests/unit tests/vectors
+	$(BIN)/pytest $(SHARED) tests/unit tests/vectors
 
 integration: .venv/.dev
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest $(SHARED) tests/integration
 
 faults: .venv/.dev
-	$(BIN)/pytest tests/faults
+	$(BIN)/pytest $(SHARED) tests/faults
 
 chaos: .venv/.dev ## All faults, mixed over JOBS jobs by SEED (drawn if not given), repeatable: a quarter of an hour
 	$(BIN)/python tests/faults/chaos.py --jobs $(or $(JOBS),100) $(if $(SEED),--seed $(SEED))
 
-bench: .venv/.dev ## Every benchmark, a table each: minutes, on a quiet machine
-	for file in benchmarks/[a-z]*.py; do $(BIN)/python $$file || exit 1; done
+bench: .venv/.dev ## Every benchmark but that of accuracy (make results), a table each: minutes, on a quiet machine
+	for file in $(filter-out benchmarks/accuracy.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file || exit 1; done
 
 results: .venv/.dev ## Accuracy at given epsilons on real records, into docs/results.md: a quarter of an hour
 	$(BIN)/python benchmarks/accuracy.py --document docs/results.md

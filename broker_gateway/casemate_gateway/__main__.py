@@ -6,11 +6,10 @@ import argparse
 import asyncio
 import logging
 import signal
-import sys
 from pathlib import Path
 
 from casemate_messaging.logs import ProgramLog
-from casemate_schemas.errors import CasemateError
+from casemate_messaging.programs import run_program
 
 from .app import serve
 from .logs import ClassNames
@@ -18,7 +17,7 @@ from .settings import Settings
 
 
 def main() -> None:
-    """Runs the gateway until SIGTERM or SIGINT: exit status 0; 1 if it cannot run, with the reason on standard error."""
+    """Runs the gateway until SIGTERM or SIGINT: exit status 0. What ends it otherwise: :func:`run_program`."""
     parser = argparse.ArgumentParser(prog="casemate-gateway", description=__doc__)
     parser.add_argument("--settings", type=Path, required=True, help="TOML file; see docs/gateway.md")
     parser.add_argument(
@@ -29,13 +28,14 @@ def main() -> None:
     arguments = parser.parse_args()
     log = ProgramLog("gateway")
     logging.basicConfig(handlers=[ClassNames(log)], level=logging.WARNING)
-    try:
+
+    def gateway() -> None:
         settings = Settings.load(arguments.settings)
         if arguments.allow_unsafe_durability:
             settings = settings.model_copy(update={"allow_unsafe_durability": True})
         asyncio.run(_run(settings, log))
-    except CasemateError as error:
-        sys.exit(f"casemate-gateway: {error}")
+
+    run_program("casemate-gateway", gateway)
 
 
 async def _run(settings: Settings, log: ProgramLog) -> None:

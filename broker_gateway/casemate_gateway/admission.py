@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from casemate_messaging.blobs import BlobStore
@@ -27,6 +28,7 @@ from casemate_schemas.errors import (
     CasemateError,
     IntegrityError,
     MalformedError,
+    NotFoundError,
     SignatureError,
     StateError,
     problem_of,
@@ -38,6 +40,7 @@ from casemate_schemas.job_state import (
     Approval,
     JobRecord,
     JobState,
+    advance,
     revise,
 )
 from casemate_schemas.signatures import Signed
@@ -47,6 +50,7 @@ from .dispatch import Dispatcher
 from .records import Job, RecordReader
 from .schedule import Entry
 from .tasks import end
+from .tracing import OFF, Tracing
 from .transitions import Transitions
 
 MAX_SUBMISSION_BYTES: Final = MAX_TERMS_ENVELOPE_BYTES + MAX_ROUTING_BYTES + MAX_DELEGATION_BYTES + (4 << 10)
@@ -54,11 +58,29 @@ MAX_ANSWER_BYTES: Final = 8 << 10
 MAX_CONCURRENT_ROUNDS: Final = 16
 """Jobs being asked about at once; each holds its submission in memory."""
 
-Left = Literal["nothing", "answers", "approvals"]
-"""What a job still waits for: key brokers that did not answer, or people."""
+_TOGETHER_S: Final = 0.05
+"""How long a key broker's answer waits for others', to be stored with them. Lost meanwhile, it is asked for again."""
+
+_TELL_AFTER_S: Final = 0.005
+"""How long the event of a queued job is held back, so that it is not synced to the disk beside the job's claim."""
+
+Left = Literal["nothing", "answers", "approvals", "submission"]
+"""What a job still waits for: key brokers that did not answer, people, or what was submitted, which cannot be read."""
 
 _EXPIRING: Final = frozenset[JobState]({"awaiting_approval", "queued", "claimed", "running"})
 """States that a passed deadline ends. From ``committing`` on a result may already be decided."""
+
+_LOOK_AT_ALL_MS: Final = 600_000
+
+
+@dataclass(frozen=True)
+class _Going:
+    """A job that has not ended, as its record was last seen; without an entry if what it holds is not what was signed."""
+
+    entry: Entry | None
+    state: JobState
+    deadline: int | None
+    updated: int
 
 
 class Admission:
@@ -81,7 +103,9 @@ class Admission:
         key_broker_timeout_s: float,
         retry_s: float,
         max_wait_s: float,
+        lost_after_s: float,
         counted: Callable[[Counter[JobState], float], None] = lambda _states, _oldest: None,
+        tracing: Tracing = OFF,
     ) -> None:
         """``counted`` hears at each reconciliation of jobs by state, and how many seconds the oldest one queues."""
         self._client = client
@@ -98,14 +122,24 @@ class Admission:
         self._key_broker_timeout_s = key_broker_timeout_s
         self._retry_s = retry_s
         self._max_wait_s = max_wait_s
+        self._lost_after_s = lost_after_s
         self._counted = counted
+        self._tracing = tracing
         self._woken: dict[str, asyncio.Event] = {}
+        self._questions: dict[str, PrecheckRequest] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._rounds = asyncio.Semaphore(MAX_CONCURRENT_ROUNDS)
+        self._seen_up_to: dict[str, int] = {}
+        self._going: dict[str, _Going] = {}
+        self._ended: list[JobRecord] = []
+        self._over = Counter[JobState]()
+        self._look_at_all_at = 0
 
-    def take_up(self, job_id: str) -> None:
-        """Begins or goes on admitting a job, in the background."""
+    def take_up(self, job_id: str, question: PrecheckRequest | None = None) -> None:
+        """Begins or goes on admitting a job, in the background; ``question``, if it is known, need not be read again."""
         if job_id not in self._tasks:
+            if question is not None and len(self._questions) < MAX_CONCURRENT_ROUNDS:
+                self._questions[job_id] = question
             self._woken[job_id] = asyncio.Event()
             self._tasks[job_id] = asyncio.create_task(self._admit(job_id))
             self._tasks[job_id].add_done_callback(lambda _: self._forget(job_id))
@@ -113,6 +147,7 @@ class Admission:
     def _forget(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)
         self._woken.pop(job_id, None)
+        self._questions.pop(job_id, None)
 
     def wake(self, job_id: str) -> None:
         """Somebody may have approved this job: it is asked about again, ``retry_s`` after the last time."""
@@ -131,32 +166,58 @@ class Admission:
     async def reconcile(self) -> None:
         """Brings what the records say and what is under way together.
 
-        1. Jobs past their deadline expire, and leave the queue.
-        2. Jobs that wait for approval are taken up.
-        3. Jobs that a worker has, or should have, have their message in the queue: should it be lost, it is put back.
-        4. Jobs that wait for a worker are dispatched in their turn.
+        1. What changed since the last time is read; who follows a job that has ended is told so.
+        2. Jobs past their deadline expire, and leave the queue.
+        3. Jobs that wait for approval are taken up.
+        4. Jobs that a worker has, or should have, have their message in the queue: should it be lost, it is put back.
+        5. Jobs that wait for a worker are dispatched in their turn.
 
         A record that cannot be read is logged, and holds up no other job.
         """
         since = self._dispatcher.moments()
-        states, going, queued = Counter[JobState](), list[tuple[Entry, int | None]](), list[int]()
-        async for record, _ in self._jobs.list(self._broken):
-            states[record.state] += 1
-            if record.state == "queued":
-                queued.append(record.updated)
-            if record.state not in TERMINAL and (entry := self._dispatcher.entry(record)) is not None:
-                going.append((entry, record.deadline))
-        self._counted(states, (self._clock() - min(queued)) / 1000 if queued else 0.0)
+        await self._look()  # 1
+        self._count()
+        going = [(known.entry, known.deadline) for known in self._going.values() if known.entry is not None]
         for entry, deadline in going:
-            if entry.state in _EXPIRING and deadline is not None and self._clock() >= deadline:  # 1
+            if entry.state in _EXPIRING and deadline is not None and self._clock() >= deadline:  # 2
                 await self._expire(entry.job_id)
-            elif entry.state == "awaiting_approval":  # 2
+            elif entry.state == "awaiting_approval":  # 3
                 self.take_up(entry.job_id)
-            elif entry.state != "queued":  # 3
+            elif entry.state != "queued":  # 4
                 await self._queue.publish(entry.job_id)
-        await self._dispatcher.reconcile([entry for entry, _ in going], since)  # 3, 4
+        await self._dispatcher.reconcile([entry for entry, _ in going], since)  # 4, 5
+
+    async def _look(self) -> None:
+        """Reads what has changed, now and then everything: a NATS that was set back has changes that look old.
+
+        Ends are told at two looks, for somebody may have begun to follow at the first.
+        """
+        if is_all := self._clock() >= self._look_at_all_at:
+            self._seen_up_to, self._going, self._over = {}, {}, Counter()
+            self._look_at_all_at = self._clock() + _LOOK_AT_ALL_MS
+        told_before = len(self._ended)
+        async for record, _ in self._jobs.list(self._broken, self._seen_up_to):
+            self._going.pop(record.job_id, None)
+            if record.state not in TERMINAL:
+                entry = self._dispatcher.entry(record)
+                self._going[record.job_id] = _Going(entry, record.state, record.deadline, record.updated)
+                continue
+            self._over[record.state] += 1
+            if not is_all or self._transitions.is_followed(record.job_id):
+                self._ended.append(record)
+        for record in self._ended:
+            if self._transitions.is_followed(record.job_id):
+                await self._transitions.tell_end(record)
+        del self._ended[:told_before]
+
+    def _count(self) -> None:
+        """Tells how many jobs are in each state."""
+        queued = [known.updated for known in self._going.values() if known.state == "queued"]
+        states = self._over + Counter(known.state for known in self._going.values())
+        self._counted(states, (self._clock() - min(queued)) / 1000 if queued else 0.0)
 
     def _broken(self, job_id: str, error: IntegrityError) -> None:
+        self._going.pop(job_id, None)
         self._log.error("record_broken", job_id=job_id, reason=error.reason)
 
     async def close(self) -> None:
@@ -165,11 +226,14 @@ class Admission:
 
     async def _admit(self, job_id: str) -> None:
         """Asks again and again until the job waits no more. What fails here, the next reconciliation takes up."""
-        wait_s = self._retry_s
+        wait_s, absence = self._retry_s, _Absence(self._lost_after_s)
         try:
             while (left := await self._round(job_id)) != "nothing":
+                if absence.is_for_good(left == "submission"):
+                    await self._transitions.move(job_id, "failed", reason=NotFoundError.reason)
+                    return
                 await asyncio.sleep(self._retry_s)
-                if left == "answers":
+                if left != "approvals":
                     wait_s = self._retry_s
                     continue
                 woken = await self._slept(job_id, wait_s - self._retry_s)
@@ -195,21 +259,24 @@ class Admission:
         """One round of questions; what another one is needed for.
 
         1. A job that waits no more, or no longer may, is left alone or expires.
-        2. Every key broker that has not answered is asked, all at once; each answer is stored as it comes.
+        2. Every key broker that has not answered is asked, all at once, if there is still what to ask; each answer is stored
+           as it comes.
         3. One refusal ends the job, whatever the others would say.
         4. With every yes the job is queued: from there on it is dispatched, by whichever gateway comes to it first.
         """
-        record, _ = await self._jobs.get(job_id)
-        if record.state != "awaiting_approval":
+        found, _ = self._jobs.known(job_id) or await self._jobs.get(job_id)
+        if found.state != "awaiting_approval":
             return "nothing"
-        if record.deadline is not None and self._clock() >= record.deadline:
+        if found.deadline is not None and self._clock() >= found.deadline:
             await self._expire(job_id)
             return "nothing"
         async with self._rounds:
-            record = await self._ask_pending(record)
+            record = await self._ask_pending(found)
+        if record is None:
+            return "submission"
         if record.state != "awaiting_approval":
             return "nothing"
-        if any(approval.verdict == "refused" for approval in record.approvals.values()):
+        if _is_refused(record):
             await self._transitions.move(job_id, "refused", reason=record.reason or AuthorisationError.reason)
             return "nothing"
         pending = [approval for approval in record.approvals.values() if approval.verdict == "pending"]
@@ -218,42 +285,54 @@ class Admission:
         self._dispatcher.see(await self._transitions.move(job_id, "queued"))
         return "nothing"
 
-    async def _ask_pending(self, record: JobRecord) -> JobRecord:
-        """Puts the question to all who have not answered; the record with what they said."""
+    async def _ask_pending(self, record: JobRecord) -> JobRecord | None:
+        """Puts the question to all who have not answered; the record with what they said. None if there is no question."""
         pending = [name for name, approval in sorted(record.approvals.items()) if approval.verdict == "pending"]
         if not pending:
             return record
         job = self._records.open(record)
-        head = await self._envelopes.head(record.job_envelope)
-        stored = b"".join([piece async for piece in self._blobs.get(record.submission)])
-        submission = decode(Submission, stored, max_bytes=MAX_SUBMISSION_BYTES)
-        question = encode(PrecheckRequest(submission=submission, job_head=head.signed))
+        if (question := await self._question(record)) is None:
+            return None
         asking = [asyncio.create_task(self._ask(job, key_broker, question)) for key_broker in pending]
+        left = set(asking)
         try:
-            for answer in asyncio.as_completed(asking):
-                if await answer == "refused":
-                    break
+            while left and record.state == "awaiting_approval" and not _is_refused(record):
+                said, left = await _come_together(left)
+                record = await self._store(job, [answer for answer in said if answer is not None])
         finally:
             await end(asking)
-        return (await self._jobs.get(record.job_id))[0]
+        return record
 
-    async def _ask(self, job: Job, key_broker: str, question: bytes) -> str:
-        """Asks one key broker and stores what it says; its verdict, ``pending`` if it gives no answer."""
+    async def _question(self, record: JobRecord) -> bytes | None:
+        """What key brokers are asked. None if the store does not have, or not whole, what was submitted."""
+        if (question := self._questions.pop(record.job_id, None)) is not None:
+            return encode(question)
+        try:
+            head = await self._envelopes.head(record.job_envelope)
+            stored = b"".join([piece async for piece in self._blobs.get(record.submission)])
+            submission = decode(Submission, stored, max_bytes=MAX_SUBMISSION_BYTES)
+        except (NotFoundError, IntegrityError, MalformedError) as error:
+            self._log.error("submission_unreadable", job_id=record.job_id, reason=error.reason)
+            return None
+        return encode(PrecheckRequest(submission=submission, job_head=head.signed))
+
+    async def _ask(self, job: Job, key_broker: str, question: bytes) -> _Answer | None:
+        """What one key broker says; None if it gives no answer."""
         subject = subjects.key_broker_op(key_broker, "precheck")
         try:
-            answer = await call(self._client, subject, question, self._key_broker_timeout_s)
+            with self._tracing.precheck(job.record.job_id, key_broker):
+                answer = await call(self._client, subject, question, self._key_broker_timeout_s)
         except CasemateError as error:
             self._log.warning("precheck_failed", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
-            if problem_of(error).delivery == "term":
-                return await self._store(job, key_broker, Approval(verdict="refused"), error.reason)
-            return "pending"
+            is_refusal = problem_of(error).delivery == "term"
+            return _Answer(key_broker, Approval(verdict="refused"), error.reason) if is_refusal else None
         try:
             decision = self._verified(job, key_broker, answer)
         except CasemateError as error:
             self._log.warning("answer_refused", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
-            return "pending"
+            return None
         verdict = "pending" if decision.decision == "awaiting" else decision.decision
-        return await self._store(job, key_broker, Approval(verdict=verdict, answer=answer), decision.reason)
+        return _Answer(key_broker, Approval(verdict=verdict, answer=answer), decision.reason)
 
     def _verified(self, job: Job, key_broker: str, answer: bytes) -> PrecheckAnswer:
         """The answer, if that key broker signed it about these very terms."""
@@ -267,29 +346,83 @@ class Admission:
             raise MalformedError("a refusal, and nothing else, has a reason")
         return decision
 
-    async def _store(self, job: Job, key_broker: str, approval: Approval, reason: str | None) -> str:
-        """Writes one key broker's say into the record, whatever the others are doing to it; the verdict.
+    async def _store(self, job: Job, answers: Sequence[_Answer]) -> JobRecord:
+        """Writes what key brokers said into the record, whatever else becomes of it; the record as it is then.
 
-        What is awaited now is told to those who watch.
+        The write that holds the last yes queues the job as well. That, and what is awaited now, is told to those who watch.
         """
-        is_news = False
+        if not answers:
+            return (await self._jobs.get(job.record.job_id))[0]
+        news: dict[str, Approval] = {}
 
         def said(record: JobRecord) -> JobRecord:
-            nonlocal is_news
-            known = record.approvals[key_broker]
-            is_news = record.state == "awaiting_approval" and known.verdict == "pending" and known != approval
-            if not is_news:
+            news.clear()
+            if record.state == "awaiting_approval":
+                news.update((a.key_broker, a.approval) for a in answers if _is_news(record, a))
+            if not news:
                 return record
-            changes = {} if record.reason or not reason else {"reason": reason}
-            approvals = {**record.approvals, key_broker: approval}
-            return revise(record, now_ms=self._clock(), approvals=approvals, **changes)
+            approvals = {**record.approvals, **news}
+            if all(approval.verdict == "yes" for approval in approvals.values()):
+                return advance(record, "queued", now_ms=self._clock(), approvals=approvals)
+            reason = record.reason or next((a.reason for a in answers if a.key_broker in news and a.reason), None)
+            return revise(record, now_ms=self._clock(), approvals=approvals, reason=reason)
 
         record = await self._jobs.change(job.record.job_id, said)
-        if is_news and approval.verdict == "pending":
+        if news and record.state == "queued":
+            self._dispatcher.see(record)
+            await asyncio.sleep(_TELL_AFTER_S)
             await self._transitions.tell(record)
-        return approval.verdict
+        elif any(approval.verdict == "pending" for approval in news.values()):
+            await self._transitions.tell(record)
+        return record
 
     async def _expire(self, job_id: str) -> None:
         with contextlib.suppress(StateError):
             await self._transitions.move(job_id, "expired", reason=None)
             await self._queue.remove(job_id)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a key broker says of a job, and why if that is no."""
+
+    key_broker: str
+    approval: Approval
+    reason: str | None
+
+
+def _is_news(record: JobRecord, answer: _Answer) -> bool:
+    known = record.approvals[answer.key_broker]
+    return known.verdict == "pending" and known != answer.approval
+
+
+def _is_refused(record: JobRecord) -> bool:
+    return any(approval.verdict == "refused" for approval in record.approvals.values())
+
+
+async def _come_together(
+    asking: set[asyncio.Task[_Answer | None]],
+) -> tuple[list[_Answer | None], set[asyncio.Task[_Answer | None]]]:
+    """The next answers, with those that come at about the same time: one write for all. Who is still being asked."""
+    done, left = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    if left and not any((answer := task.result()) and answer.approval.verdict == "refused" for task in done):
+        more, left = await asyncio.wait(left, timeout=_TOGETHER_S)
+        done |= more
+    return [task.result() for task in done], left
+
+
+class _Absence:
+    """Whether something has been missing at every look for so long that it will not come back.
+
+    A replica that is behind, or a message garbled on its way, is no loss.
+    """
+
+    def __init__(self, for_good_s: float) -> None:
+        self._for_good_s = for_good_s
+        self._since: float | None = None
+
+    def is_for_good(self, is_missing: bool) -> bool:
+        """Takes note of one look."""
+        now = asyncio.get_running_loop().time()
+        self._since = (now if self._since is None else self._since) if is_missing else None
+        return self._since is not None and now - self._since >= self._for_good_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,7 @@ from casemate_messaging.revocations import RevocationFollower, RevocationStore, 
 from casemate_messaging.setup import StreamSettings, ensure_streams
 from casemate_messaging.stored import StoredSizes
 from casemate_messaging.uploads import UploadStore
-from casemate_schemas.consortium import Consortium
+from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, Consortium
 from casemate_schemas.errors import SetupError, UnavailableError
 from nats.aio.client import Client
 
@@ -34,7 +35,7 @@ from .description import route_definitions
 from .dispatch import Dispatcher
 from .gateway import GATEWAY, Gateway, Places
 from .housekeeping import Housekeeping, Retention
-from .limits import Doorkeeper, Pace, TokenBuckets
+from .limits import Doorkeeper, Pace, TokenBuckets, look_at_lateness
 from .logs import quiet_logger
 from .metrics import Metrics, make_metrics_app
 from .problems import error_boundary
@@ -43,6 +44,7 @@ from .records import RecordReader
 from .routes import health, uploads
 from .settings import Settings
 from .tasks import begin, end
+from .tracing import OFF, Tracing, open_tracing
 from .transitions import Transitions
 
 SHUTDOWN_TIMEOUT_S: Final = 3.0
@@ -63,6 +65,7 @@ def make_gateway(
     origin: str,
     log: ProgramLog,
     clock: Callable[[], int] = wall_clock,
+    tracing: Tracing = OFF,
 ) -> Gateway:
     """A gateway over one NATS connection, for requests that are signed for ``origin``."""
     revoked = revocations or TrustedRevocations(lambda: manifests.versions)
@@ -75,7 +78,7 @@ def make_gateway(
     unfinished = UploadStore(client, blobs)
     job_store, job_events, queue = JobStore(client), JobEvents(client), WorkQueue(client)
     records = RecordReader(lambda: manifests.versions)
-    dispatcher = Dispatcher(client, {"cpu": queue}, job_store, records, log, clock)
+    dispatcher = Dispatcher(client, {"cpu": queue}, job_store, records, log, clock, tracing)
     transitions = Transitions(job_store, job_events, log, clock)
     requests = TokenBuckets(settings.requests_per_s_per_member, settings.request_burst_per_member, time.monotonic)
     metrics = Metrics()
@@ -95,7 +98,9 @@ def make_gateway(
         key_broker_timeout_s=settings.key_broker_timeout_s,
         retry_s=settings.precheck_retry_s,
         max_wait_s=settings.approval_poll_s,
+        lost_after_s=settings.lost_after_s,
         counted=metrics.jobs,
+        tracing=tracing,
     )
     housekeeping = Housekeeping(
         client,
@@ -104,7 +109,7 @@ def make_gateway(
         envelopes=envelope_store,
         uploads=unfinished,
         sizes=sizes,
-        retention=Retention(settings.unreferenced_s, settings.retention_s),
+        retention=_retention(settings),
         log=log,
         clock=clock,
     )
@@ -143,12 +148,13 @@ def make_gateway(
         ),
         pace=Pace(settings.poll_after_s, settings.polls_per_s, time.monotonic),
         metrics=metrics,
+        tracing=tracing,
     )
 
 
 def make_app(gateway: Gateway) -> web.Application:
     """The HTTP application: every path there is."""
-    app = web.Application(middlewares=[error_boundary(gateway.log, gateway.metrics)])
+    app = web.Application(middlewares=[error_boundary(gateway.log, gateway.metrics, gateway.tracing)])
     app[GATEWAY] = gateway
     app[health.READINESS] = health.Readiness(gateway.client, _stream_settings(gateway.settings))
     app.add_routes(route_definitions())
@@ -176,10 +182,12 @@ async def running(
     await _share_manifests(manifests, client)
     await follower.catch_up()
     await revoking.catch_up()
-    stack = contextlib.AsyncExitStack()
+    stack, tracing = contextlib.AsyncExitStack(), open_tracing(settings.otlp_traces_url, log)
     with _listening(settings.host, settings.port) as listener:
         origin = settings.public_url or _address(settings.host, listener)
-        gateway = make_gateway(settings, client, manifests, revocations, origin=origin, log=log, clock=clock)
+        gateway = make_gateway(
+            settings, client, manifests, revocations, origin=origin, log=log, clock=clock, tracing=tracing
+        )
         runner = web.AppRunner(
             make_app(gateway),
             access_log=None,
@@ -192,7 +200,7 @@ async def running(
         )
         await runner.setup()
         background: list[asyncio.Task[None]] = []
-        entrance = _entrance(runner, settings.max_connections)
+        entrance = _entrance(runner, settings)
         try:
             server = await asyncio.get_running_loop().create_server(entrance, sock=listener)
             stack.callback(server.close)
@@ -203,6 +211,7 @@ async def running(
                 follower.run(),
                 revoking.run(),
                 gateway.housekeeping.run(settings.sweep_every_s),
+                look_at_lateness(gateway.pace),
             ):
                 background.append(begin(work, log, on_failed))
             yield _address(settings.host, listener), gateway
@@ -212,6 +221,7 @@ async def running(
             await runner.cleanup()
             await end(background)
             await gateway.admission.close()
+            await tracing.close()
 
 
 async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> None:
@@ -240,6 +250,8 @@ async def serve(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> Non
         await ensure_streams(client.jetstream(), _stream_settings(settings))
         async with running(settings, client, log=log, on_failed=on_failed) as (address, gateway):
             simulation = gateway.consortium.manifest.simulation
+            gc.collect()
+            gc.freeze()  # what was loaded so far stays: no later collection, during which nothing is answered, looks through it
             log.info("ready", address=address, number=gateway.consortium.manifest.number, simulation=simulation)
             await stop.wait()
             log.info("stopping")
@@ -274,6 +286,13 @@ async def _harden(_: web.Request, response: web.StreamResponse) -> None:
     response.headers.setdefault("Cache-Control", "no-store")
 
 
+def _retention(settings: Settings) -> Retention:
+    """A job's record is there for as long as its result, and for as long as its submission could be posted once more."""
+    posted_s = settings.max_submission_age_s + 2 * MAX_CLOCK_SKEW_MS / 1000
+    records_s = max(settings.record_retention_s, settings.retention_s, posted_s)
+    return Retention(settings.unreferenced_s, settings.retention_s, records_s)
+
+
 def _stream_settings(settings: Settings) -> StreamSettings:
     return StreamSettings(
         replicas=settings.stream_replicas,
@@ -282,11 +301,11 @@ def _stream_settings(settings: Settings) -> StreamSettings:
     )
 
 
-def _entrance(runner: web.AppRunner, most: int) -> Doorkeeper:
+def _entrance(runner: web.AppRunner, settings: Settings) -> Doorkeeper:
     server = runner.server
     if server is None:
         raise SetupError("the HTTP server was not set up")
-    return Doorkeeper(server, lambda: len(server.connections), most)
+    return Doorkeeper(server, lambda: len(server.connections), settings.max_connections, settings.body_idle_s)
 
 
 async def _show_metrics(

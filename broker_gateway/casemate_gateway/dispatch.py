@@ -25,6 +25,7 @@ from nats.aio.msg import Msg
 
 from .records import RecordReader
 from .schedule import Entry, Schedule
+from .tracing import OFF, Tracing
 
 _RETRY_S = 1.0
 _FIRST_COUNT_S = 10.0
@@ -41,8 +42,10 @@ class Dispatcher:
         records: RecordReader,
         log: ProgramLog,
         clock: Callable[[], int],
+        tracing: Tracing = OFF,
     ) -> None:
         self._client = client
+        self._tracing = tracing
         self._queues = queues
         self._schedules = {resource_class: Schedule() for resource_class in queues}
         self._jobs = jobs
@@ -119,8 +122,10 @@ class Dispatcher:
             while True:
                 self._wake.clear()
                 try:
-                    await self._refresh()
                     await self.dispatch()
+                    if self._changed:
+                        await self._refresh()
+                        await self.dispatch()
                 except CasemateError as error:
                     self._log.warning("dispatch_failed", reason=error.reason)
                     await asyncio.sleep(_RETRY_S)
@@ -131,17 +136,27 @@ class Dispatcher:
                 await subscription.unsubscribe()
 
     async def dispatch(self) -> None:
-        """Fills the work queue as far as it should be: one job for each worker that waits, and one more."""
+        """Fills the work queue as far as it should be: one job for each worker that waits, and one more.
+
+        A gateway of whose jobs none is in the queue need not ask how full it is before it puts one there.
+        """
         for resource_class, schedule in self._schedules.items():
+            queue = self._queues[resource_class]
+            if not schedule.handed_out:
+                await self._hand_out(queue, schedule, 1)
             if schedule.next(self._clock()) is None:
                 continue
-            queue = self._queues[resource_class]
             backlog = await queue.backlog()
-            for _ in range(1 + backlog.waiting_workers - backlog.undelivered):
-                if (job_id := schedule.next(self._clock())) is None:
-                    break
-                await queue.publish(job_id)
-                schedule.hand_out(job_id)
+            await self._hand_out(queue, schedule, 1 + backlog.waiting_workers - backlog.undelivered)
+
+    async def _hand_out(self, queue: WorkQueue, schedule: Schedule, count: int) -> None:
+        for _ in range(count):
+            if (job_id := schedule.next(self._clock())) is None:
+                return
+            await queue.publish(job_id, self._jobs.known(job_id))
+            schedule.hand_out(job_id)
+            if (entry := schedule.get(job_id)) is not None:
+                self._tracing.dispatched(job_id, entry.created)
 
     async def _refresh(self) -> None:
         while self._changed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 from casemate_messaging.blobs import BlobStore
+from casemate_messaging.direct import REPLICA_LAG_S
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog as JobEvents
 from casemate_messaging.jobs import JobStore
@@ -33,6 +34,7 @@ from .metrics import Metrics
 from .quotas import Quotas
 from .records import Job, RecordReader, no_such_job
 from .settings import Settings
+from .tracing import Tracing
 from .transitions import Transitions
 
 _JOB_ID = TypeAdapter[str](JobId)
@@ -92,6 +94,7 @@ class Gateway:
     quotas: Quotas
     pace: Pace
     metrics: Metrics
+    tracing: Tracing
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -128,7 +131,8 @@ class Gateway:
     async def visible_job(self, job_id: str, person: Person) -> tuple[Job, int]:
         """(job, revision), if it concerns ``person``. Raises :class:`NotFoundError` otherwise."""
         try:
-            record, revision = await self.jobs.get(_JOB_ID.validate_python(job_id))
+            patience_s = REPLICA_LAG_S if self.settings.stream_replicas > 1 else 0.0
+            record, revision = await self.jobs.get(_JOB_ID.validate_python(job_id), patience_s=patience_s)
         except (ValidationError, NotFoundError) as error:
             raise no_such_job() from error
         job = self.records.open(record)

@@ -1,7 +1,7 @@
 """Removes what nobody needs any more: uploads that were given up, envelopes and blobs that no job refers to.
 
 A gateway cannot tell which datasets are registered, so none is ever removed here; their senders do that. Checkpoints are
-needed until a job ends; its envelopes, result and submission for as long after that as the operator says.
+needed until a job ends; its envelopes, result and submission for as long after that as the operator says, its record longer.
 
 One gateway does it at a time, by a lease. What is to go is *condemned* first, in the lease's own record; then it is looked
 once more whether a job refers to it; then it goes. Whoever begins to refer to something that was there before writes the
@@ -48,6 +48,8 @@ class Retention:
     """How long something that nobody refers to is kept: longer than it takes to refer to it."""
     ended_s: float
     """How long results, submissions and job envelopes are kept after their job has ended."""
+    records_s: float
+    """How long its record is."""
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Removed:
     blobs: int = 0
     orphans: int = 0
     """Writers whose chunks never became a blob."""
+    records: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Housekeeping:
                         envelopes=removed.envelopes,
                         blobs=removed.blobs,
                         orphans=removed.orphans,
+                        records=removed.records,
                     )
             except CasemateError as error:
                 self._log.warning("sweep_failed", reason=error.reason)
@@ -113,7 +117,7 @@ class Housekeeping:
         """Removes all that may go now; None if another gateway is at it.
 
         1. Uploads past their expiry. 2. Envelopes. 3. Blobs, those of these envelopes included. 4. Chunks of no blob.
-        5. Sizes that were noted of envelopes that are neither there nor on their way.
+        5. Sizes that were noted of envelopes that are neither there nor on their way. 6. Records of jobs that ended long ago.
 
         Raises :class:`ConflictError` if the lease was lost, :class:`IntegrityError` for a job record that cannot be read
         (then nothing is removed that it may refer to), :class:`UnavailableError`.
@@ -128,6 +132,7 @@ class Housekeeping:
             unfinished = [segment.upload_id async for state, _ in self._uploads.list() for segment in state.segments]
             removed.orphans = await self._blobs.sweep(now_ms=self._clock(), kept=frozenset(unfinished))  # 4
             await self._forget_sizes()  # 5
+            removed.records = await self._forget_jobs()  # 6
         finally:
             with contextlib.suppress(CasemateError):
                 await self._lease.give_back()
@@ -166,6 +171,18 @@ class Housekeeping:
             if envelope not in there:
                 await self._lease.keep()
                 await self._sizes.remove(envelope, sequence=sequence)
+
+    async def _forget_jobs(self) -> int:
+        """By revision, which a job that has ended never changes."""
+        ended = [
+            (record.job_id, revision)
+            async for record, revision in self._jobs.list()
+            if record.state in TERMINAL and self._is_past(record, self._retention.records_s)
+        ]
+        for job_id, revision in ended:
+            await self._lease.keep()
+            await self._jobs.forget(job_id, revision)
+        return len(ended)
 
     async def _remove(
         self,
@@ -232,7 +249,10 @@ class Housekeeping:
         return wanted
 
     def _is_kept(self, record: JobRecord) -> bool:
-        return record.state not in TERMINAL or record.updated + 1000 * self._retention.ended_s > self._clock()
+        return record.state not in TERMINAL or not self._is_past(record, self._retention.ended_s)
+
+    def _is_past(self, record: JobRecord, seconds: float) -> bool:
+        return record.updated + 1000 * seconds <= self._clock()
 
     def _is_old(self, stored: Stored) -> bool:
         return stored.stored_ms + 1000 * self._retention.unreferenced_s <= self._clock()

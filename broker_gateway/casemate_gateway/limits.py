@@ -11,7 +11,10 @@ from typing import Final
 from casemate_schemas.errors import ThrottledError
 
 LONGEST_POLL_S: Final = 60
-_PACE_WINDOW_S: Final = 5.0
+_PACE_WINDOW_S: Final = 2.0
+_LATE_S: Final = 0.1
+_LEAST_SHARE: Final = 0.1
+_LOOK_S: Final = 0.25
 
 
 class TokenBuckets:
@@ -57,7 +60,7 @@ class Pace:
     """When those who poll should come back, so that all together come about ``per_s`` times a second.
 
     Each window it compares how many came with how many it wants, and moves the answer by that factor, at most twofold:
-    between ``least_s`` and :data:`LONGEST_POLL_S`.
+    between ``least_s`` and :data:`LONGEST_POLL_S`. While the gateway itself is late it wants fewer, half as many each window.
     """
 
     def __init__(self, least_s: int, per_s: float, clock: Callable[[], float]) -> None:
@@ -66,31 +69,93 @@ class Pace:
         self._clock = clock
         self._after_s = self._least_s
         self._began, self._came = clock(), 0
+        self._share, self._late_s = 1.0, 0.0
+
+    def late(self, seconds: float) -> None:
+        """The gateway came so much later than it meant to to do something."""
+        self._late_s = max(self._late_s, seconds)
 
     def after_s(self) -> int:
         """Counts one who polls; how long it should wait, in whole seconds."""
         self._came += 1
         passed = self._clock() - self._began
-        if passed >= _PACE_WINDOW_S or self._came >= 2 * self._wanted:
-            factor = self._came / self._wanted * _PACE_WINDOW_S / max(passed, 1e-3)
+        wanted = self._wanted * self._share
+        if passed >= _PACE_WINDOW_S or self._came >= 2 * wanted:
+            factor = self._came / wanted * _PACE_WINDOW_S / max(passed, 1e-3)
             longest = max(self._least_s, LONGEST_POLL_S)
             self._after_s = min(longest, max(self._least_s, self._after_s * min(2.0, max(0.5, factor))))
-            self._began, self._came = self._clock(), 0
+            self._share = max(_LEAST_SHARE, self._share / 2) if self._late_s > _LATE_S else min(1.0, self._share * 1.2)
+            self._began, self._came, self._late_s = self._clock(), 0, 0.0
         return math.ceil(self._after_s)
 
 
-class Doorkeeper:
-    """Lets in at most ``most`` connections at once; what comes above that is closed before a byte of it is read."""
+async def look_at_lateness(pace: Pace) -> None:
+    """Tells ``pace`` how late the event loop is, for ever."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + _LOOK_S
+        await asyncio.sleep(_LOOK_S)
+        pace.late(loop.time() - due)
 
-    def __init__(self, protocols: Callable[[], asyncio.Protocol], count: Callable[[], int], most: int) -> None:
+
+class Doorkeeper:
+    """Lets in at most ``most`` connections at once; what comes above that is closed before a byte of it is read.
+
+    Whoever has not taken all that was written within ``unread_s`` is hung up on, whatever the answer is: answers are written
+    in pieces of half a MiB at most, so this is a least rate too.
+    """
+
+    def __init__(
+        self, protocols: Callable[[], asyncio.Protocol], count: Callable[[], int], most: int, unread_s: float
+    ) -> None:
         """``protocols`` makes the protocol of one connection, ``count`` says how many there are."""
         self._protocols = protocols
         self._count = count
         self._most = most
+        self._unread_s = unread_s
 
     def __call__(self) -> asyncio.Protocol:
         """The protocol for the next connection."""
-        return self._protocols() if self._count() < self._most else _Refused()
+        return _Watched(self._protocols(), self._unread_s) if self._count() < self._most else _Refused()
+
+
+class _Watched(asyncio.Protocol):
+    """Another protocol's connection, which ends if what was written stands still."""
+
+    def __init__(self, inner: asyncio.Protocol, unread_s: float) -> None:
+        self._inner = inner
+        self._unread_s = unread_s
+        self._abort: Callable[[], None] = lambda: None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.set_write_buffer_limits(high=0)  # else what is last to be sent could lie here unnoticed
+            self._abort = transport.abort
+        self._inner.connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._unread_s, self._abort)
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._rest()
+        self._inner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        self._inner.connection_lost(exc)
+
+    def _rest(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class _Refused(asyncio.Protocol):

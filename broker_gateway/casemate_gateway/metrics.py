@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 
 METRICS_PATH: Final = "/metrics"
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
-_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS"})
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Metrics:
@@ -45,7 +45,7 @@ class Metrics:
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
         """One request was answered."""
-        self._requests.labels(route, method if method in _METHODS else "?", str(status)).inc()
+        self._requests.labels(route, method if method in METHODS else "?", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def jobs(self, states: Tally[JobState], oldest_queued_s: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from http import HTTPStatus
-from time import monotonic
+from time import monotonic, time_ns
+from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -21,7 +22,11 @@ from casemate_schemas.errors import (
     problem_of,
 )
 
-from .metrics import Metrics
+from .metrics import METHODS, Metrics
+from .tracing import OFF, Tracing
+
+JOB_ID: Final = web.RequestKey("job_id", str)
+"""Which job a submission turned out to be about."""
 
 RETRY_AFTER_S = 5
 QUOTA_RETRY_AFTER_S = 60
@@ -67,15 +72,15 @@ def http_problem(error: web.HTTPException) -> web.Response:
     return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
 
 
-def error_boundary(log: ProgramLog, metrics: Metrics) -> Middleware:
-    """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log.
+def error_boundary(log: ProgramLog, metrics: Metrics, tracing: Tracing = OFF) -> Middleware:
+    """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log, and one span.
 
     Of an error that nobody foresaw the class is logged, and nothing of it is told.
     """
 
     @web.middleware
     async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
-        started = monotonic()
+        started, started_ns = monotonic(), time_ns()
         reason: str | None = None
         try:
             response = await handler(request)
@@ -88,6 +93,14 @@ def error_boundary(log: ProgramLog, metrics: Metrics) -> Middleware:
             log.error("unexpected", error=type(error).__name__, route=_route(request))
             response = problem_response(500, reason, HTTPStatus(500).description)
         metrics.request(_route(request), request.method, response.status, monotonic() - started)
+        tracing.request(
+            _job_id(request) if response.status < 400 else None,
+            started_ns,
+            method=_method(request),
+            route=_route(request),
+            status=response.status,
+            reason=reason or "",
+        )
         _log(log, request, response, reason, started)
         return response
 
@@ -101,12 +114,22 @@ def _log(
     write = log.warning if response.status >= 500 else log.info
     write(
         "request",
-        method=request.method if request.method.isalpha() else "?",
+        method=_method(request),
         route=_route(request),
         status=response.status,
         duration_ms=duration_ms,
         reason=reason or "",
     )
+
+
+def _job_id(request: web.Request) -> str | None:
+    """The job in the path, or in what was submitted. Of an answered request only: else its asker may have no part in it."""
+    return request.match_info.get("job_id") or request.get(JOB_ID)
+
+
+def _method(request: web.Request) -> str:
+    """One that there is, or a question mark: a client may send any word."""
+    return request.method if request.method in METHODS else "?"
 
 
 def _route(request: web.Request) -> str:

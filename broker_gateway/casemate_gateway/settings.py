@@ -42,7 +42,7 @@ class Settings(ProgramSettings):
     """Jobs of one member that have not ended."""
     max_jobs_listed: Annotated[int, Field(ge=1, le=10_000)] = 1000
     body_idle_s: Seconds = 30.0
-    """How long a body may stand still."""
+    """How long a body may stand still, on its way in or out."""
     min_upload_bytes_per_s: Annotated[int, Field(ge=1)] = 16 << 10
     """A slower upload is given up, so that few slow ones cannot hold all places."""
 
@@ -55,6 +55,8 @@ class Settings(ProgramSettings):
     """How long to wait before a key broker that did not answer is asked again."""
     approval_poll_s: Seconds = 300.0
     """How long to wait at most before one that awaits approvals is asked again; each time twice as long, up to this."""
+    lost_after_s: Seconds = 300.0
+    """How long what was submitted may be missing from the store before its job ends as failed."""
     reconcile_every_s: Seconds = 15.0
     sweep_every_s: Seconds = 3600.0
     """How often what nobody needs any more is removed."""
@@ -62,6 +64,9 @@ class Settings(ProgramSettings):
     """How long envelopes that no job refers to, superseded checkpoints among them, are kept. Datasets always are."""
     retention_s: Annotated[float, Field(ge=0, le=100 * 365 * 24 * 3600)] = 90 * 24 * 3600.0
     """How long the result of a job is kept after the job has ended, and the envelopes that it was made from."""
+    record_retention_s: Annotated[float, Field(ge=24 * 3600, le=100 * 365 * 24 * 3600)] = 365 * 24 * 3600.0
+    """How long a job's record is kept after the job has ended. Never shorter than its result, nor than a submission could
+    be posted again: until then the record tells that it was."""
     heartbeat_s: Seconds = 15.0
     """How often a quiet event stream shows that it lives."""
     poll_after_s: Annotated[int, Field(ge=1, le=3600)] = 2
@@ -77,6 +82,10 @@ class Settings(ProgramSettings):
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Where ``/metrics`` is, if anywhere; 0 takes a free port. It names no one, but only operators need it."""
+
+    otlp_traces_url: Annotated[str, StringConstraints(pattern=r"^https?://[^?#@\s]+$")] | None = None
+    """Where spans go, by OTLP over HTTP: a collector's whole URL, such as ``http://127.0.0.1:4318/v1/traces``. Nowhere if not
+    given. Needs the extra ``otel``."""
 
     ack_wait_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
     """How long a worker may be silent before its job goes to another one; workers speak up each ``heartbeat_s`` of theirs."""

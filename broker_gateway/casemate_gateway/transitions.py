@@ -54,6 +54,10 @@ class Transitions:
                 return
         await self.tell(record)
 
+    def is_followed(self, job_id: str) -> bool:
+        """Whether somebody follows the job here. Who comes later is told its end then."""
+        return self._events.is_followed(job_id)
+
     async def tell(self, record: JobRecord) -> None:
         """Tells those who watch the job how it is now, if the event can be stored."""
         self._log.info("job", job_id=record.job_id, state=record.state, reason=record.reason or "")

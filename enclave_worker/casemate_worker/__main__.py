@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from casemate_attestation.kds import KdsClient, KdsLimits, roots_of
 from casemate_messaging.connection import connect
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
+from casemate_messaging.programs import run_program
 from casemate_schemas.consortium import Consortium
-from casemate_schemas.errors import CasemateError, SetupError
+from casemate_schemas.errors import SetupError
 
 from .accelerators import refuse_devices
 from .isolation import keep_memory_private
@@ -32,7 +32,7 @@ from .worker import Worker
 def main() -> None:
     """Runs until SIGTERM or SIGINT; after SIGUSR1 or an order to drain until the job under way has ended.
 
-    Exit code 0 then, 2 for a wrong set-up.
+    Exit status 0 then. What ends it otherwise: :func:`run_program`.
     """
     parser = argparse.ArgumentParser(prog="casemate-worker", description=__doc__)
     parser.add_argument(
@@ -44,12 +44,12 @@ def main() -> None:
     )
     log = ProgramLog("worker")
     arguments = parser.parse_args()
-    try:
+
+    def worker() -> None:
         keep_memory_private()
         asyncio.run(_serve([Settings.load(path) for path in arguments.settings], log))
-    except CasemateError as error:
-        print(f"casemate-worker: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+
+    run_program("casemate-worker", worker)
 
 
 def certificate_source(settings: Settings, consortium: Consortium) -> CertificateSource | None:

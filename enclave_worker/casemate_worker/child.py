@@ -20,7 +20,7 @@ from casemate_schemas.sections import unpack_sections
 
 from .accelerators import refuse_accelerators
 from .environment import MOST_THREADS
-from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame
+from .frames import Coming, Done, Failure, Progress, Start, Train, frame, pieces, read_frame
 from .isolation import die_before_parent, die_with_parent, forbid_files, isolate
 
 if TYPE_CHECKING:
@@ -129,15 +129,17 @@ class Child:
         def on_step(step: int) -> None:
             self._send(b"P", encode(Progress(step=step)))
             if step % every == 0 and step < steps:
-                self._send_pieces(b"c", trainer.state())
-                self._send(b"C", encode(Progress(step=step)))
+                state = trainer.state()
+                self._send(b"C", encode(Coming(bytes=len(state))))
+                self._send_pieces(b"c", state)
 
         trainer.run(on_step=on_step)
         if plan.metrics is not None:
             self._send(b"M", encode(trainer.metrics(plan.metrics)))
         model.load_state_dict(trainer.weights())
-        self._send_pieces(b"w", weights_of(model))
-        self._send(b"W", encode(Done(clipping=dict(trainer.clipping_strategies))))
+        weights = weights_of(model)
+        self._send(b"W", encode(Done(clipping=dict(trainer.clipping_strategies), weights_bytes=len(weights))))
+        self._send_pieces(b"w", weights)
 
     def _audit(self, plan: Plan, model: nn.Module, owners: list[OwnerData], seed: bytes) -> None:
         """Train with canaries and say what was guessed about them. Nothing else leaves; an attempt starts from the beginning."""
@@ -146,7 +148,7 @@ class Child:
         audited = AuditedTraining(model, owners, plan, seed)
         audited.trainer.run(on_step=lambda step: self._send(b"P", encode(Progress(step=step))))
         self._send(b"A", encode(audited.counts()))
-        self._send(b"W", encode(Done(clipping=audited.clipping_strategies)))
+        self._send(b"W", encode(Done(clipping=audited.clipping_strategies, weights_bytes=0)))
 
     def _take(self, expected: bytes) -> bytes:
         tag, payload = read_frame(self._source)

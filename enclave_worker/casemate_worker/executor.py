@@ -6,20 +6,19 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from typing import Final, Self, TypeVar
+from typing import Self, TypeVar
 
 from casemate_schemas.audit import AuditCounts
 from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import CasemateError, MalformedError, TrainingError, error_from_reason
 from casemate_schemas.job import JobSpec
 from casemate_schemas.metrics import MetricSums
+from casemate_schemas.result import ClippingStrategy
 
 from .environment import MOST_THREADS, reproducible_kernels
-from .frames import Done, Failure, Progress, Start, Train, frame, pieces, read_frame_async
-
-_MAX_WEIGHTS_BYTES: Final = 8 << 30
+from .frames import Coming, Done, Failure, Progress, Start, Train, frame, pieces, read_frame_async
 
 _M = TypeVar("_M", bound=WireModel)
 
@@ -33,20 +32,22 @@ class StepDone:
 
 @dataclass(frozen=True)
 class CheckpointReady:
-    """The trainer's whole state after ``step``. Confidential."""
+    """The trainer's whole state after ``step``, as it comes out of the child, for whoever wants it now. Confidential."""
 
     step: int
-    state: bytes = field(repr=False)
+    state: AsyncGenerator[bytes] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Trained:
     """The final weights, as safetensors, and their metrics if the plan has some; or, of an audit, its counts alone."""
 
-    weights: bytes = field(repr=False)
+    weights: AsyncGenerator[bytes] = field(repr=False)
+    """As they come out of the child, to be taken before the next report is asked for."""
+    weights_bytes: int
     metrics: MetricSums | None = None
     audit: AuditCounts | None = None
-    clipping: dict[str, str] = field(default_factory=dict)
+    clipping: dict[str, ClippingStrategy] = field(default_factory=dict)
     """How each parameter's gradients were clipped, by name."""
 
 
@@ -70,6 +71,7 @@ class TrainingProcess:
         self._last_step = 0
         self._has_metrics = False
         self._is_audit = False
+        self._parameters: frozenset[str] = frozenset()
         self._has_data = False
 
     @classmethod
@@ -98,55 +100,56 @@ class TrainingProcess:
         """The child's process id."""
         return self._process.pid
 
-    async def prepare(self, spec: JobSpec, weights: bytes | memoryview) -> None:
-        """Hands over the model; returns once it is built and checked.
+    async def prepare(self, spec: JobSpec, weights: AsyncIterator[bytes]) -> None:
+        """Hands over the model; returns once it is built and checked, which begins when ``weights`` has ended.
 
-        Raises what the child found wrong with it (:class:`ModelError` and the like).
+        Raises what the child found wrong with it (:class:`ModelError` and the like), and what ``weights`` raises.
         """
         self.isolation = (await self._expect(b"R")).decode("ascii")
         self._last_step = spec.plan.training.steps
         self._has_metrics = spec.plan.metrics is not None
         self._is_audit = spec.plan.audit is not None
+        self._parameters = frozenset(parameter.name for parameter in spec.model.parameters)
         await self._write(b"S", encode(spec))
-        await self._write_pieces(b"W", pieces(weights))
+        await self._write_all(b"W", weights)
         await self._write(b"p", b"")
         await self._expect(b"R")
 
     async def feed(self, plaintext: AsyncIterator[bytes]) -> None:
         """Streams one dataset's plaintext; datasets come in the order of the plan."""
         self._has_data = True
-        async for part in plaintext:
-            await self._write_pieces(b"D", pieces(part))
+        await self._write_all(b"D", plaintext)
         await self._write(b"d", b"")
 
-    async def train(self, seed: bytes, checkpoint: bytes | None) -> AsyncIterator[Report]:
+    async def train(self, seed: bytes, checkpoint: AsyncIterator[bytes] | None) -> AsyncIterator[Report]:
         """Starts training, from ``checkpoint`` if there is one, and reports until :class:`Trained`.
 
         Raises :class:`TrainingError`, and nothing that tells more.
         """
-        await self._write_pieces(b"C", pieces(checkpoint or b""))
+        if checkpoint is not None:
+            await self._write_all(b"C", checkpoint)
         await self._write(b"c", b"")
         await self._write(b"T", encode(Train(seed=seed)))
-        parts, done, metrics, audit = bytearray(), 0, None, None
+        done, metrics, audit = 0, None, None
         wanted = self._has_metrics, self._is_audit
         while True:
             tag, payload = await self._next()
             if tag == b"P":
                 done = self._counted(payload, done)
                 yield StepDone(done)
-            elif tag in (b"c", b"w") and not self._is_audit:
-                parts += payload
-                if len(parts) > _MAX_WEIGHTS_BYTES:
-                    raise TrainingError("the training process sends too much")
             elif tag == b"C" and not self._is_audit:
-                yield CheckpointReady(done, bytes(parts))
-                parts.clear()
+                state = self._coming(b"c", _decoded(Coming, payload).bytes)
+                yield CheckpointReady(done, state)
+                await _drained(state)
             elif tag == b"M" and self._has_metrics and metrics is None and done == self._last_step:
                 metrics = _decoded(MetricSums, payload)
             elif tag == b"A" and self._is_audit and audit is None and done == self._last_step:
                 audit = _decoded(AuditCounts, payload)
             elif tag == b"W" and done == self._last_step and (metrics is not None, audit is not None) == wanted:
-                yield Trained(bytes(parts), metrics, audit, _decoded(Done, payload).clipping)
+                told = self._told(payload)
+                weights = self._coming(b"w", told.weights_bytes)
+                yield Trained(weights, told.weights_bytes, metrics, audit, dict(told.clipping))
+                await _drained(weights)
                 return
             else:
                 raise TrainingError("the training process is out of step")
@@ -171,6 +174,22 @@ class TrainingProcess:
         if not 0 < step <= self._last_step or (done and step != done + 1):
             raise TrainingError("the training process is out of step")
         return step
+
+    def _told(self, payload: bytes) -> Done:
+        """How it clipped, of the model's own parameters: any other name could tell something of the data."""
+        told = _decoded(Done, payload)
+        if not told.clipping.keys() <= self._parameters or (self._is_audit and told.weights_bytes):
+            raise TrainingError("the training process is out of step")
+        return told
+
+    async def _coming(self, tag: bytes, size: int) -> AsyncGenerator[bytes]:
+        """So many bytes, as they come."""
+        while size:
+            got, payload = await self._next()
+            if got != tag or not 0 < len(payload) <= size:
+                raise TrainingError("the training process is out of step")
+            size -= len(payload)
+            yield payload
 
     async def _expect(self, tag: bytes) -> bytes:
         got, payload = await self._next()
@@ -197,9 +216,10 @@ class TrainingProcess:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise await self._reason(error) from error
 
-    async def _write_pieces(self, tag: bytes, parts: Iterable[memoryview]) -> None:
-        for part in parts:
-            await self._write(tag, part)
+    async def _write_all(self, tag: bytes, parts: AsyncIterator[bytes]) -> None:
+        async for part in parts:
+            for piece in pieces(part):
+                await self._write(tag, piece)
 
     async def _reason(self, error: BaseException) -> CasemateError:
         """What the child said before it closed its end, if it said something."""
@@ -212,6 +232,12 @@ class TrainingProcess:
                 except CasemateError as told:
                     return told
         return TrainingError("the training process ended")
+
+
+async def _drained(pieces: AsyncGenerator[bytes]) -> None:
+    """Drops what nobody took."""
+    async for _ in pieces:
+        pass
 
 
 def _decoded(kind: type[_M], payload: bytes) -> _M:

@@ -3,8 +3,8 @@
 ::
 
     parent -> child   S start   W weights   p prepare   D data of one dataset   C checkpoint   T train
-    child -> parent   R ready   P progress  c checkpoint piece   C checkpoint end   M metrics   A audit   w weights piece
-                      W done    E error
+    child -> parent   R ready   P progress  C checkpoint, then c its pieces   M metrics   A audit
+                      W done, then w the weights' pieces   E error
 
 Both ends are the same measured program, so frames are bounded and checked, but not signed.
 """
@@ -24,7 +24,10 @@ from pydantic import Field
 
 PIECE_BYTES: Final = 1 << 20
 MAX_FRAME_BYTES: Final = PIECE_BYTES + 64
+MAX_OUTPUT_BYTES: Final = 8 << 30
 _HEAD: Final = struct.Struct(">cI")
+
+OutputBytes = Annotated[int, Field(ge=0, le=MAX_OUTPUT_BYTES)]
 
 
 class Start(WireModel):
@@ -52,12 +55,21 @@ class Progress(WireModel):
     step: Annotated[int, Field(ge=0, le=MAX_STEPS)]
 
 
+class Coming(WireModel):
+    """A checkpoint follows, of that size: whoever takes it need not hold it."""
+
+    KIND: ClassVar[str] = "training-checkpoint"
+
+    bytes: OutputBytes
+
+
 class Done(WireModel):
-    """Last frame from the child: how it computed, as far as the terms leave that open."""
+    """Training is over: how it computed, as far as the terms leave that open, and the size of the weights that follow."""
 
     KIND: ClassVar[str] = "training-done"
 
     clipping: Clipping
+    weights_bytes: OutputBytes
 
 
 class Failure(WireModel):

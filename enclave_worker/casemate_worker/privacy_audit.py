@@ -28,6 +28,7 @@ from casemate_privacy.auditing import Array, guess
 from casemate_schemas.audit import AuditCounts, Score
 from casemate_schemas.errors import ParameterError
 from casemate_schemas.job import Plan, Training
+from casemate_schemas.result import ClippingStrategy
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class AuditedTraining:
         )
 
     @property
-    def clipping_strategies(self) -> dict[str, str]:
+    def clipping_strategies(self) -> dict[str, ClippingStrategy]:
         """Those of the model's own parameters; see :attr:`Trainer.clipping_strategies`."""
         found = self.trainer.clipping_strategies.items()
         return {name.removeprefix("model."): how for name, how in found if name.startswith("model.")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -11,11 +11,17 @@ from casemate_messaging.envelopes import EnvelopeStore
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.envelope import PREFIX_BYTES, EnvelopeHead, EnvelopeHeader, EnvelopeKind, frame_head
-from casemate_schemas.errors import ReleaseError
+from casemate_schemas.errors import IntegrityError, NotFoundError, ReleaseError, SealError, UnavailableError
 from casemate_schemas.evidence import Evidence
 from casemate_schemas.grant import CommitReceipt, CommitRequest
 from casemate_schemas.result import Release
-from casemate_schemas.sealing import ContentKey, EnvelopeSealer, check_consortium, open_ciphertext, unseal_content_key
+from casemate_schemas.sealing import (
+    ContentKey,
+    EnvelopeOpener,
+    EnvelopeSealer,
+    check_consortium,
+    unseal_content_key,
+)
 from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.terms import Terms, VerifiedTerms
 
@@ -38,7 +44,7 @@ class SealedOutput:
         self._scratch = scratch
 
     async def put(
-        self, kind: EnvelopeKind, parts: Iterable[bytes], attempt: Attempt, resume_key: bytes, *, created: int
+        self, kind: EnvelopeKind, parts: AsyncIterator[bytes], attempt: Attempt, resume_key: bytes, *, created: int
     ) -> bytes:
         """Seals and stores an envelope that only the resume key opens; its header's digest.
 
@@ -46,7 +52,7 @@ class SealedOutput:
         """
         sealer = EnvelopeSealer(kind, consortium=self._consortium, sender=attempt.signing.public, created=created)
         with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, dir=str(self._scratch)) as buffer:
-            for part in parts:
+            async for part in parts:
                 buffer.writelines(sealer.update(part))
             buffer.write(sealer.finish())
             header = sealer.header()
@@ -56,11 +62,24 @@ class SealedOutput:
             await self._store.put(head[PREFIX_BYTES:], _read(buffer))
         return header.digest
 
-    async def open(self, digest: bytes, kind: EnvelopeKind, resume_key: bytes) -> bytes:
-        """The plaintext of an envelope that an attempt at the same terms made. Raises :class:`SealError` and the like."""
+    async def open(self, digest: bytes, kind: EnvelopeKind, resume_key: bytes) -> AsyncIterator[bytes]:
+        """The plaintext of an envelope that an attempt at the same terms made, once all of it was seen to be right.
+
+        It is read twice and held nowhere; :class:`UnavailableError` if it is not the same the second time. Raises
+        :class:`SealError` and the like.
+        """
         head, content_key, ciphertext = await self._found(digest, kind, resume_key)
-        pieces = [piece async for piece in ciphertext]
-        return open_ciphertext(head.header, content_key, b"".join(pieces))
+        async for _ in opened(head.header, content_key, ciphertext):
+            pass
+        return self._again(digest, kind, resume_key)
+
+    async def _again(self, digest: bytes, kind: EnvelopeKind, resume_key: bytes) -> AsyncIterator[bytes]:
+        try:
+            head, content_key, ciphertext = await self._found(digest, kind, resume_key)
+            async for plain in opened(head.header, content_key, ciphertext):
+                yield plain
+        except (SealError, NotFoundError, IntegrityError, ReleaseError) as error:
+            raise UnavailableError("a stored envelope changed while it was read") from error
 
     async def content_key(
         self, digest: bytes, kind: EnvelopeKind, resume_key: bytes
@@ -137,6 +156,17 @@ def release(
 def granted(keys: Keys, terms: Terms) -> tuple[Signed, ...]:
     """All Grants in the order of key broker ids."""
     return tuple(keys.grants[name] for name in terms.key_brokers)
+
+
+async def opened(
+    header: EnvelopeHeader, content_key: ContentKey, ciphertext: AsyncIterator[bytes]
+) -> AsyncGenerator[bytes]:
+    """The plaintext as it comes out of its ciphertext; whole only when the iterator has ended. Raises :class:`SealError`."""
+    opener = EnvelopeOpener(header, content_key)
+    async for piece in ciphertext:
+        for plain in opener.update(piece):
+            yield plain
+    yield opener.finish()
 
 
 async def _read(file: IO[bytes]) -> AsyncIterator[bytes]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Final
 
 from casemate_attestation.guest import GuestDriver
 from casemate_messaging.blobs import BlobStore
+from casemate_messaging.direct import REPLICA_LAG_S
 from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
@@ -25,6 +26,7 @@ from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import (
     CasemateError,
     ConflictError,
+    DeadlineError,
     IntegrityError,
     NotFoundError,
     ParameterError,
@@ -48,7 +50,7 @@ from casemate_schemas.job_state import (
     revise,
 )
 from casemate_schemas.result import ResultManifest
-from casemate_schemas.sections import pack_sections
+from casemate_schemas.sections import sections_head
 from casemate_schemas.subjects import WorkerOp, key_broker_op
 from nats.aio.client import Client
 
@@ -64,6 +66,8 @@ from .sealed_output import SealedOutput, commit, granted, release
 from .settings import Settings
 
 _EVENT_INTERVAL_S: Final = 0.25
+_SAY_AFTER_S: Final = 0.005
+"""How long an event is held back, so that it is not synced to the disk beside the write that the job waits for."""
 _MAX_DOUBLINGS: Final = 7
 """Of the retry delay: it ends at 128 times the setting, some four minutes by default."""
 
@@ -103,7 +107,11 @@ class Worker:
         self._queue = WorkQueue(client)
         self._jobs = JobStore(client)
         self._events = EventLog(client)
-        self._store = EnvelopeStore(client, BlobStore(client))
+        self._unsaid: list[JobRecord] = []
+        self._speaking = asyncio.Lock()
+        self._saying: set[asyncio.Task[None]] = set()
+        blobs = BlobStore(client, patience_s=REPLICA_LAG_S)
+        self._store = EnvelopeStore(client, blobs, patience_s=REPLICA_LAG_S)
         self._output = SealedOutput(self._store, consortium().id, settings.scratch_dir)
 
     async def pull(self, wait_s: float) -> Delivery | None:
@@ -139,6 +147,7 @@ class Worker:
             record = await self._claim(delivery)  # 1
             if record is not None:
                 await self._watched(delivery, record)  # 2
+                await self._say_all()
                 await delivery.ack()  # 3
         except CasemateError as error:
             await self._give_up(delivery, record, error)
@@ -202,7 +211,7 @@ class Worker:
                     await self._tell(attempt, job, step)
                     progress.wait()
                 case CheckpointReady(step, state) if saving.is_due():
-                    digest = await self._output.put("checkpoint", [state], attempt, resume_key, created=self._clock())
+                    digest = await self._output.put("checkpoint", state, attempt, resume_key, created=self._clock())
                     await self._revise(attempt, checkpoint=digest)
                     self._log.info("checkpoint", job_id=attempt.job_id, attempt=attempt.number, step=step)
                     saving.wait()
@@ -237,11 +246,11 @@ class Worker:
             isolation=child.isolation,
             finished=self._clock(),
         )
-        plaintext = pack_sections({"manifest": encode(manifest), "weights": trained.weights})
         resume_key = keys.resume_key(job.terms.digest)
-        return await self._output.put("result", [plaintext], attempt, resume_key, created=self._clock())
+        plaintext = _result(encode(manifest), trained)
+        return await self._output.put("result", plaintext, attempt, resume_key, created=self._clock())
 
-    async def _last_checkpoint(self, record: JobRecord, resume_key: bytes) -> bytes | None:
+    async def _last_checkpoint(self, record: JobRecord, resume_key: bytes) -> AsyncIterator[bytes] | None:
         """The newest checkpoint of an earlier attempt, if the record names one that opens; else start from the beginning."""
         if record.checkpoint is None:
             return None
@@ -268,18 +277,19 @@ class Worker:
     # --- the record ---
 
     async def _claim(self, delivery: Delivery) -> JobRecord | None:
-        """The record, claimed for the next attempt; None if there is nothing (or not yet anything) to do."""
+        """The record, claimed for the next attempt; None if there is nothing (or not yet anything) to do.
+
+        Whether the deadline has passed is not for this clock to say: the gateway expires jobs, and key brokers give no keys.
+        """
 
         def claim(record: JobRecord) -> JobRecord:
             if record.state in TERMINAL or record.state == "awaiting_approval":
                 return record
             if record.attempt >= MAX_ATTEMPTS:
                 return advance(record, "failed", now_ms=self._clock(), reason="attempts_exhausted")
-            if record.deadline is not None and record.upload is None and self._clock() > record.deadline:
-                return advance(record, "expired", now_ms=self._clock(), reason="deadline_passed")
             return advance(record, "claimed", now_ms=self._clock(), worker=self._settings.name)
 
-        record = await self._jobs.change(delivery.job_id, claim)
+        record = await self._jobs.change(delivery.job_id, claim, known=delivery.known)
         if record.state == "awaiting_approval":
             await delivery.nak(self._retry_delay_s(delivery))
             return None
@@ -288,7 +298,7 @@ class Worker:
             await delivery.ack()
             return None
         self._log.info("claimed", job_id=record.job_id, attempt=record.attempt)
-        await self._events.publish(event_of(record))
+        self._say(record)
         return record
 
     async def _move(self, attempt: Attempt, state: JobState, **changes: object) -> None:
@@ -299,7 +309,7 @@ class Worker:
             return advance(record, state, now_ms=self._clock(), **changes)
 
         record = await self._jobs.change(attempt.job_id, move)
-        await self._events.publish(event_of(record))
+        self._say(record)
         self._log.info("job", job_id=record.job_id, attempt=record.attempt, state=record.state)
 
     async def _revise(self, attempt: Attempt, **changes: object) -> JobRecord:
@@ -312,8 +322,30 @@ class Worker:
     async def _tell(self, attempt: Attempt, job: OpenedJob, step: int) -> None:
         """Step and planned epsilon: all that may be known before the commit."""
         epsilon = await asyncio.to_thread(planned_epsilon, job.spec.plan, step)
-        record = await self._revise(attempt, step=step, epsilon=epsilon)
-        await self._events.publish(event_of(record))
+        self._say(await self._revise(attempt, step=step, epsilon=epsilon))
+
+    def _say(self, record: JobRecord) -> None:
+        """Tells soon how the job is now. Nothing waits for that: what counts is the record, whose next write goes first."""
+        self._unsaid.append(record)
+        if len(self._unsaid) == 1:
+            task = asyncio.create_task(self._say_soon())
+            self._saying.add(task)
+            task.add_done_callback(self._saying.discard)
+
+    async def _say_soon(self) -> None:
+        await asyncio.sleep(_SAY_AFTER_S)
+        await self._say_all()
+
+    async def _say_all(self) -> None:
+        """Tells what was not told yet, in order. An event that cannot be stored is lost; the gateway makes up for the last."""
+        async with self._speaking:
+            while self._unsaid:
+                record = self._unsaid[0]
+                try:
+                    await self._events.publish(event_of(record))
+                except CasemateError as error:
+                    self._log.warning("event_lost", job_id=record.job_id, state=record.state, reason=error.reason)
+                del self._unsaid[0]
 
     async def _watched(self, delivery: Delivery, record: JobRecord) -> None:
         """Works on the job for as long as it is this worker's: a cancelled or superseded attempt ends at once."""
@@ -366,15 +398,18 @@ class Worker:
         return record.state in TERMINAL
 
     async def _end(self, record: JobRecord, error: CasemateError) -> None:
-        """Refused, or failed once data was opened. The reason code is all that anyone learns."""
+        """Failed once data was opened, expired if a key broker says so, else refused. Only the reason code is told."""
         state: JobState = "failed" if isinstance(error, TrainingError | ReleaseError) else "refused"
+        if isinstance(error, DeadlineError):
+            state = "expired"
 
         def end(current: JobRecord) -> JobRecord:
             check_attempt(current, worker=self._settings.name, attempt=record.attempt)
             return advance(current, state, now_ms=self._clock(), reason=error.reason)
 
         with contextlib.suppress(ConflictError):
-            await self._events.publish(event_of(await self._jobs.change(record.job_id, end)))
+            self._say(await self._jobs.change(record.job_id, end))
+            await self._say_all()
 
 
 class _Throttle:
@@ -391,6 +426,13 @@ class _Throttle:
     def wait(self) -> None:
         """The interval begins now."""
         self._next = asyncio.get_running_loop().time() + self._interval_s
+
+
+async def _result(manifest: bytes, trained: Trained) -> AsyncIterator[bytes]:
+    """A result's plaintext, as the weights come."""
+    yield sections_head({"manifest": len(manifest), "weights": trained.weights_bytes}) + manifest
+    async for piece in trained.weights:
+        yield piece
 
 
 async def _ended(*tasks: asyncio.Task[None]) -> None:

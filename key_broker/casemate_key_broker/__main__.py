@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
-import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from casemate_messaging.connection import connect
 from casemate_messaging.ledger_heads import LedgerHeadStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
+from casemate_messaging.programs import run_program
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.rpc import Handler, serve
 from casemate_messaging.settings import read_file
@@ -59,13 +61,17 @@ _DECIDING: Final = _MOVING - {"message"}
 """Of these, those that a state that was set back never answers. By messages its owners look at it, and endorse it."""
 
 
+_JUDGES: Final = 4
+"""Threads for prechecks; accounting may keep a core busy for seconds."""
+
+
 def now_ms() -> int:
     """Unix ms."""
     return time.time_ns() // 1_000_000
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Serve until SIGTERM or SIGINT. Exits 0 then, and 1 with one logged reason if it cannot start or must stop."""
+    """Serve until SIGTERM or SIGINT. Exits 0 then. What ends it otherwise: :func:`run_program`."""
     parser = argparse.ArgumentParser(prog="casemate-key-broker", description="A member's key broker.")
     parser.add_argument("--settings", type=Path, required=True, help="TOML file, see docs/key-broker.md")
     parser.add_argument("--hand-over", type=Path, metavar="ORDER", help="seal the state for another enclave, and end")
@@ -75,14 +81,15 @@ def main(arguments: list[str] | None = None) -> None:
     if (options.hand_over is None) != (options.out is None) or (options.hand_over and options.take_over):
         parser.error("--hand-over and --out go together, and not with --take-over")
     log = ProgramLog("key-broker")
-    try:
+
+    def key_broker() -> None:
+        settings = Settings.load(options.settings)
         if options.hand_over or options.take_over:
-            move_state(Settings.load(options.settings), options.hand_over, options.out, options.take_over)
-            return
-        asyncio.run(run(Settings.load(options.settings), log))
-    except CasemateError as error:
-        log.error("stopped", reason=error.reason, error=type(error).__name__)
-        sys.exit(f"key broker: {error}")
+            move_state(settings, options.hand_over, options.out, options.take_over)
+        else:
+            asyncio.run(run(settings, log))
+
+    run_program("casemate-key-broker", key_broker)
 
 
 async def run(settings: Settings, log: ProgramLog) -> None:
@@ -119,7 +126,15 @@ async def _serve(program: Program, settings: Settings, client: Client, log: Prog
     await follower.catch_up()
     await revoking.catch_up()
     anchoring = Anchoring(LedgerHeadStore(client), settings.key_broker, program.serving, log)
-    handlers = Handlers(program.serving, follower.catch_up, log, stop, attester=program.attester, anchoring=anchoring)
+    handlers = Handlers(
+        program.serving,
+        follower.catch_up,
+        log,
+        stop,
+        attester=program.attester,
+        anchoring=anchoring,
+        max_concurrency=settings.max_concurrency,
+    )
     prefix = subjects.key_broker(settings.key_broker)
     following = [asyncio.create_task(follower.run()), asyncio.create_task(revoking.run())]
     for task in following:
@@ -288,10 +303,12 @@ class Handlers:
         *,
         attester: hosted.Attester | None = None,
         anchoring: Anchoring | None = None,
+        max_concurrency: int = 16,
     ) -> None:
         """``broker`` gives the key broker as it is now; ``catch_up`` takes a newer manifest up, if there is one.
 
-        ``attester`` answers for a hosted one. ``anchoring`` keeps the ledger's head where others see it.
+        ``attester`` answers for a hosted one. ``anchoring`` keeps the ledger's head where others see it. Prechecks, which
+        anyone can make take seconds, are given at most half of ``max_concurrency`` places, and threads of their own.
         """
         operations: dict[str, Callable[[], Operation]] = {
             "precheck": lambda: broker().precheck,
@@ -303,6 +320,9 @@ class Handlers:
         if attester is not None:
             operations["evidence"] = lambda: attester.evidence
         self.by_op: dict[str, Handler] = {op: self._handler(op, operation) for op, operation in operations.items()}
+        self._judging = ThreadPoolExecutor(_JUDGES, thread_name_prefix="precheck")
+        self._judged = 0
+        self._max_judged = max(1, max_concurrency // 2)
         self._anchoring = anchoring
         self._catch_up = catch_up
         self._log = log
@@ -320,7 +340,8 @@ class Handlers:
             try:
                 if self._failure is not None:
                     raise UnavailableError("stopping")
-                answer = await self._anchored(op, operation, payload)
+                with self._place(op):
+                    answer = await self._anchored(op, operation, payload)
             except IntegrityError as error:
                 self._failure = error
                 self._stop.set()
@@ -351,11 +372,31 @@ class Handlers:
     async def _answered(self, op: str, operation: Callable[[], Operation], payload: bytes) -> bytes:
         """The answer. Whoever is refused for what a newer manifest may say otherwise is judged by that one, if there is one."""
         try:
-            return await asyncio.to_thread(operation(), payload)
+            return await self._off_the_loop(op, operation(), payload)
         except (AuthenticationError, ManifestError, UnavailableError):
             if op not in _ASKED_BY_PEOPLE or not await self._catch_up():
                 raise
-        return await asyncio.to_thread(operation(), payload)
+        return await self._off_the_loop(op, operation(), payload)
+
+    async def _off_the_loop(self, op: str, operation: Operation, payload: bytes) -> bytes:
+        """The answer, from a thread: whatever there is to judge, no other operation waits for it."""
+        if op != "precheck":
+            return await asyncio.to_thread(operation, payload)
+        return await asyncio.get_running_loop().run_in_executor(self._judging, operation, payload)
+
+    @contextlib.contextmanager
+    def _place(self, op: str) -> Iterator[None]:
+        """One of the places for such operations. Raises :class:`UnavailableError` if all are taken."""
+        if op != "precheck":
+            yield
+            return
+        if self._judged >= self._max_judged:
+            raise UnavailableError("judging other jobs: ask again")
+        self._judged += 1
+        try:
+            yield
+        finally:
+            self._judged -= 1
 
 
 def _keys_in(path: Path) -> KeyRing:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final, Literal
 
-from casemate_privacy.events import MAX_UNIT_RECORDS, ScheduledEvent, TrainingEvent
+from casemate_privacy.events import ScheduledEvent, TrainingEvent
 from casemate_privacy.renyi import ORDERS, ZERO_CURVE, Curve, add_curves
 from casemate_privacy.renyi_filter import RenyiFilter
 from casemate_schemas.codec import (
@@ -57,8 +57,6 @@ class Charge(WireModel):
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     further: Annotated[tuple[ReleasePhase, ...], Field(max_length=MAX_RELEASE_PHASES)] = ()
     """What the same job releases besides: under other noise, as its schedule says, or metrics."""
-    unit_records: Annotated[int, Field(ge=1, le=MAX_UNIT_RECORDS)] = 1
-    """The most records of one privacy unit."""
     epsilon: Annotated[float, Field(ge=0)]
     """The job's own epsilon (PLD) at ``delta``."""
     curve: CurveValues
@@ -69,10 +67,9 @@ class Charge(WireModel):
     @property
     def event(self) -> ScheduledEvent:
         """What the lineage's records went through. Raises :class:`ParameterError` for what cannot be accounted."""
-        first = TrainingEvent(self.sample_rate.fraction, self.noise_multiplier, self.steps, self.unit_records)
+        first = TrainingEvent(self.sample_rate.fraction, self.noise_multiplier, self.steps)
         further = (
-            TrainingEvent(phase.sample_rate.fraction, phase.noise_multiplier, phase.steps, self.unit_records)
-            for phase in self.further
+            TrainingEvent(phase.sample_rate.fraction, phase.noise_multiplier, phase.steps) for phase in self.further
         )
         return ScheduledEvent((first, *further))
 

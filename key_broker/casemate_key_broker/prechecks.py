@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from casemate_privacy.statement import check_accountable
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, Routing, Submission
 from casemate_schemas.codec import decode
 from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, verify_delegation
@@ -15,6 +16,7 @@ from casemate_schemas.envelope import open_head
 from casemate_schemas.errors import (
     AuthorisationError,
     DatasetError,
+    DeadlineError,
     LicenceError,
     ManifestError,
     ParameterError,
@@ -116,9 +118,9 @@ def check_times(verified: VerifiedTerms, now: int) -> None:
 
 
 def check_deadline(terms: Terms, now: int) -> None:
-    """Raises :class:`ParameterError` for terms past their deadline."""
+    """Raises :class:`DeadlineError` for terms past their deadline."""
     if terms.deadline <= now:
-        raise ParameterError("the deadline has passed")
+        raise DeadlineError("the deadline has passed")
 
 
 def check_recipients(verified: VerifiedTerms, party: Party, now: int) -> None:
@@ -217,10 +219,11 @@ def check_action(
 
 
 def price(uses: tuple[OwnedUse, ...], plan: Plan) -> tuple[Charge, ...]:
-    """What the plan costs each dataset, within each licence's cap on one job. Seconds of work each, at worst.
+    """What the plan costs each dataset, within each licence's cap on one job. Ten seconds of work in all, at worst.
 
-    Raises :class:`BudgetError` or :class:`ParameterError`.
+    Raises :class:`BudgetError`, or :class:`ParameterError` for a plan that would take longer.
     """
+    check_accountable(plan)
     charges = tuple(charge_of(owned.use, plan, owned.dataset) for owned in uses)
     for owned, charge in zip(uses, charges, strict=True):
         check_cap(charge, owned.dataset.licence)

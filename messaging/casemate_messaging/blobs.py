@@ -110,8 +110,17 @@ class BlobStore:
     cleaned up at once, else by the gateway's next sweep.
     """
 
-    def __init__(self, client: Client, *, max_blob_bytes: int = MAX_BLOB_BYTES, may_purge: bool = False) -> None:
+    def __init__(
+        self,
+        client: Client,
+        *,
+        max_blob_bytes: int = MAX_BLOB_BYTES,
+        may_purge: bool = False,
+        patience_s: float = 0.0,
+    ) -> None:
+        """``patience_s`` is how long :meth:`get` looks for a blob that a replica may not have yet."""
         self._client = client
+        self._patience_s = patience_s
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
         self._max_blob_bytes = min(max_blob_bytes, MAX_BLOB_BYTES)
         self._may_purge = may_purge
@@ -196,7 +205,7 @@ class BlobStore:
         the iterator has ended. Raises :class:`NotFoundError` before the first chunk, :class:`IntegrityError` if the
         stored bytes are not the blob, :class:`UnavailableError`.
         """
-        marker = await self._marker(digest)
+        marker = await self._marker(digest, patience_s=self._patience_s)
         hasher, held = hashlib.sha256(), b""
         async with aclosing(self.read(digest, marker.size, marker.segments, hasher=hasher)) as chunks:
             async for chunk in chunks:
@@ -214,7 +223,7 @@ class BlobStore:
         That finds what a disk spoils, not what a hostile store makes up: the digest of the whole is for the reader to
         check. Raises as :meth:`get`.
         """
-        marker = await self._marker(digest)
+        marker = await self._marker(digest, patience_s=self._patience_s)
         stop = min(stop, marker.size)
         position = start - start % CHUNK_BYTES
         async with aclosing(self.read(digest, marker.size, marker.segments, position, stop)) as chunks:
@@ -296,11 +305,10 @@ class BlobStore:
             return False
         return any(segment.upload_id == upload_id for segment in marker.segments)
 
-    async def _marker(self, digest: bytes) -> BlobMarker:
+    async def _marker(self, digest: bytes, *, patience_s: float = 0.0) -> BlobMarker:
         _check_digest(digest)
-        return _marker_in(
-            await read_last(self._client, subjects.BLOB_MARKER_STREAM, subjects.blob_marker(digest.hex()))
-        )
+        subject = subjects.blob_marker(digest.hex())
+        return _marker_in(await read_last(self._client, subjects.BLOB_MARKER_STREAM, subject, patience_s=patience_s))
 
     async def _batches(
         self, digest: bytes, segments: tuple[Segment, ...], chunks: range

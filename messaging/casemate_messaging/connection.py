@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 import nats.errors
 import nats.js.errors
@@ -34,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MIN_SERVER_VERSION: Final = (2, 12)
-"""Oldest nats-server that has all that is used here."""
+MIN_SERVER_VERSION: Final = (2, 14)
+"""Oldest nats-server that has all that is used here, and brings a consumer back to a stream that a power cut has shortened."""
 
 REQUEST_TIMEOUT_S: Final = 5.0
 """How long one exchange with the server may take; an acknowledged write waits for the disk."""
@@ -129,7 +130,17 @@ def server_urls(url: str) -> list[str]:
     schemes = {server.partition("://")[0] for server in servers}
     if len(schemes) != 1 or not schemes <= {"nats", "tls"}:
         raise SetupError("expected NATS URLs that all begin with nats://, or all with tls://")
+    if not all(map(_names_a_server, servers)):
+        raise SetupError("expected NATS URLs that name a server, such as nats://host:4222")
     return servers
+
+
+def _names_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def check_server_version(client: Client) -> None:

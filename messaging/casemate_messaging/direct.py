@@ -6,6 +6,7 @@ needs permission for one request subject only. nats-py 2.16 has no call for it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from .connection import REQUEST_TIMEOUT_S, repeated, translated
 
 _END_OF_BATCH: Final = "204"
 _NOT_FOUND: Final = "404"
+_BEHIND_S: Final = 0.1
+REPLICA_LAG_S: Final = 3.0
+"""Longer than a replica that answers is behind, as far as was seen: a server that comes back after a crash."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,19 @@ class Stored:
             raise UnavailableError("NATS does not say when it stored a message") from error
 
 
-async def read_last(client: Client, stream: str, subject: str) -> Stored:
-    """The newest message of ``subject``. Raises :class:`NotFoundError`, :class:`UnavailableError`."""
-    with translated(f"reading from {stream}"):
-        where = f"$JS.API.DIRECT.GET.{stream}.{subject}"
-        reply = await repeated(lambda: client.request(where, timeout=REQUEST_TIMEOUT_S))
-    status = _status(reply)
+async def read_last(client: Client, stream: str, subject: str, *, patience_s: float = 0.0) -> Stored:
+    """The newest message of ``subject``, as any replica has it. Raises :class:`NotFoundError`, :class:`UnavailableError`.
+
+    What must have been stored is looked for again for ``patience_s`` seconds: the replica may be behind.
+    """
+    until, where = asyncio.get_running_loop().time() + patience_s, f"$JS.API.DIRECT.GET.{stream}.{subject}"
+    while True:
+        with translated(f"reading from {stream}"):
+            reply = await repeated(lambda: client.request(where, timeout=REQUEST_TIMEOUT_S))
+        status = _status(reply)
+        if status != _NOT_FOUND or asyncio.get_running_loop().time() >= until:
+            break
+        await asyncio.sleep(_BEHIND_S)
     if status is not None:
         raise _refusal(status, stream)
     return _stored(reply, stream)
@@ -61,9 +72,11 @@ async def read_batch(client: Client, stream: str, subject: str, *, start: int, l
         return await repeated(lambda: _read_batch(client, stream, request, limit))
 
 
-async def read_all(client: Client, stream: str, subject: str, *, batch: int) -> AsyncIterator[Stored]:
-    """Every message of ``subject``, the oldest first, ``batch`` of them in memory. Raises as :func:`read_batch`."""
-    start = 1
+async def read_all(client: Client, stream: str, subject: str, *, batch: int, start: int = 1) -> AsyncIterator[Stored]:
+    """Every message of ``subject`` from sequence ``start`` on, the oldest first, ``batch`` of them in memory.
+
+    Raises as :func:`read_batch`.
+    """
     while found := await read_batch(client, stream, subject, start=start, limit=batch):
         for stored in found:
             yield stored

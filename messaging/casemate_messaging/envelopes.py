@@ -34,8 +34,9 @@ class StoredHead:
 class EnvelopeStore:
     """Envelopes by header digest over one connection."""
 
-    def __init__(self, client: Client, blobs: BlobStore) -> None:
-        self._heads = HeadStore(client)
+    def __init__(self, client: Client, blobs: BlobStore, *, patience_s: float = 0.0) -> None:
+        """``patience_s`` is how long to look for the head of an envelope that a replica may not have yet."""
+        self._heads = HeadStore(client, patience_s=patience_s)
         self._blobs = blobs
 
     async def put(self, signed_head: bytes, ciphertext: AsyncIterable[bytes]) -> bool:

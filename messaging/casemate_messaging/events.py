@@ -73,6 +73,10 @@ class EventLog:
                 except TimeoutError:
                     continue
 
+    def is_followed(self, job_id: str) -> bool:
+        """Whether somebody follows the job here."""
+        return job_id in self._followers
+
     @asynccontextmanager
     async def _woken(self, job_id: str) -> AsyncGenerator[asyncio.Event]:
         """What is set whenever an event of the job is stored."""

@@ -23,8 +23,10 @@ class HeadStore:
     that its header has the digest asked for.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, *, patience_s: float = 0.0) -> None:
+        """``patience_s`` is how long :meth:`get` looks for what a replica may not have yet."""
         self._client = client
+        self._patience_s = patience_s
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
 
     async def put(self, digest: bytes, signed_head: bytes) -> bool:
@@ -39,7 +41,8 @@ class HeadStore:
 
     async def get(self, digest: bytes) -> bytes:
         """The signed head stored under ``digest``. Raises :class:`NotFoundError`, :class:`UnavailableError`."""
-        return (await read_last(self._client, subjects.HEAD_STREAM, subjects.head(digest.hex()))).data
+        subject = subjects.head(digest.hex())
+        return (await read_last(self._client, subjects.HEAD_STREAM, subject, patience_s=self._patience_s)).data
 
     async def delete(self, digest: bytes, *, sequence: int | None = None) -> None:
         """Removes the head if it is there. The gateway only.

@@ -35,6 +35,7 @@ class LogFields(TypedDict, total=False):
     envelopes: int
     blobs: int
     orphans: int
+    records: int
     duration_ms: float
     address: str
     version: str

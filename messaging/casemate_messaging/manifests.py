@@ -8,6 +8,7 @@ is verified against the version it has already; NATS and the gateway can withhol
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -105,6 +106,7 @@ class TrustedManifests:
         offered = settings.manifest_chain()
         if settings.state_dir is None:
             return cls(offered, settings.consortium_id)
+        _prepare(settings.state_dir)
         kept_in = settings.state_dir / FILE_NAME
         known = _read(kept_in) if kept_in.exists() else offered
         manifests = cls(known, settings.consortium_id, kept_in=kept_in)
@@ -241,6 +243,15 @@ async def _tried(source: Callable[[], Awaitable[None]]) -> CasemateError | None:
     except CasemateError as error:
         return error
     return None
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"setting state_dir: cannot make {folder}: {error.strerror}") from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise SetupError(f"setting state_dir: {folder} is not this program's to write to")
 
 
 def _read(path: Path) -> ManifestChain:

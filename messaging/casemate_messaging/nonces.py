@@ -13,8 +13,8 @@ from .connection import REQUEST_TIMEOUT_S, is_wrong_revision, translated
 class NonceStore:
     """The bucket ``nonces``, shared by all gateways.
 
-    It remembers for ``StreamSettings.nonce_age_s``, so a request's own expiry must be shorter than that. It lies on the disk:
-    a stream in memory is gone after a restart of NATS, its configuration too, and no request could be taken any more.
+    It remembers for ``StreamSettings.nonce_age_s``, so a request's own expiry must be shorter than that. A NATS that is
+    killed, or loses its power, may forget the last ones (``setup.py``): what a nonce guards must bear being done again.
     """
 
     def __init__(self, client: Client) -> None:

@@ -7,21 +7,35 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, ClassVar, Final, Literal
 
 from casemate_schemas import subjects
+from casemate_schemas.codec import Name, WireModel, decode, encode
 from casemate_schemas.errors import CasemateError, MalformedError, UnavailableError
+from casemate_schemas.job_state import JobRecord
 from casemate_schemas.subjects import ResourceClass
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from pydantic import Field
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 
-_MAX_JOB_ID_BYTES: Final = 65
+_MAX_ITEM_BYTES: Final = 128 << 10
 _ANSWER_S: Final = 2.0
 _NOTHING: Final = frozenset({"404", "408"})
 """There is nothing, or there was nothing until the wish expired."""
+
+
+class WorkItem(WireModel):
+    """A message of the queue: which job, and its record as whoever queued it wrote it, to be claimed without a reading."""
+
+    KIND: ClassVar[str] = "work-item"
+
+    version: Literal[1] = 1
+    job_id: Name
+    revision: Annotated[int, Field(ge=1)] | None = None
+    record: JobRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,15 @@ class Backlog:
 
 @dataclass(frozen=True)
 class Delivery:
-    """One delivery of one job. ``count`` is 1 for the first; ``redeliver`` by doing nothing until the ack wait is over."""
+    """One delivery of one job. ``count`` is 1 for the first; ``redeliver`` by doing nothing until the ack wait is over.
+
+    ``known`` is the job's record and revision when it was queued, if whoever did knew: a guess to begin with.
+    """
 
     job_id: str
     count: int
     _message: Msg
+    known: tuple[JobRecord, int] | None = None
 
     async def ack(self) -> None:
         """The job is done: removes it, and waits until the server has said so (double ack).
@@ -91,14 +109,17 @@ class WorkQueue:
         self._client = client
         self._inbox: Subscription | None = None
 
-    async def publish(self, job_id: str) -> bool:
-        """Queues a job, durably; False if it is already queued or being worked on (or by this call, had NATS broken off).
+    async def publish(self, job_id: str, known: tuple[JobRecord, int] | None = None) -> bool:
+        """Queues a job; False if it is already queued or being worked on (or by this call, had NATS broken off).
+
+        The queue follows from the records. On a single server it is not synced: what a power cut takes from it, a gateway
+        puts back. ``known`` is the record, and its revision, that the job was queued with.
 
         Raises :class:`StorageFullError` or :class:`UnavailableError`: then it is safe to try again.
         """
         subject = subjects.work(self._resource_class, job_id)
         with translated("queueing a job"):
-            return await publish_once(self._js, subject, job_id.encode("ascii"))
+            return await publish_once(self._js, subject, _item(job_id, known))
 
     async def backlog(self) -> Backlog:
         """How full the queue is. For the gateway: workers have no permission. Raises :class:`UnavailableError`."""
@@ -147,10 +168,25 @@ class WorkQueue:
     async def _delivery(self, message: Msg) -> Delivery | None:
         """What the message says; one that names no job is removed, for no later delivery would be better."""
         try:
-            job_id = subjects.token(message.data[:_MAX_JOB_ID_BYTES].decode("ascii"))
+            item = decode(WorkItem, message.data, max_bytes=_MAX_ITEM_BYTES)
             with translated("reading a delivery"):
-                return Delivery(job_id, message.metadata.num_delivered, message)
-        except (MalformedError, UnicodeDecodeError):
+                return Delivery(item.job_id, message.metadata.num_delivered, message, _known(item))
+        except MalformedError:
             with translated("removing a malformed delivery"):
                 await message.term()
             return None
+
+
+def _item(job_id: str, known: tuple[JobRecord, int] | None) -> bytes:
+    """A record that is large is left to be read."""
+    if known is not None:
+        whole = encode(WorkItem(job_id=job_id, revision=known[1], record=known[0]))
+        if len(whole) <= _MAX_ITEM_BYTES:
+            return whole
+    return encode(WorkItem(job_id=job_id))
+
+
+def _known(item: WorkItem) -> tuple[JobRecord, int] | None:
+    if item.record is None or item.revision is None or item.record.job_id != item.job_id:
+        return None
+    return item.record, item.revision

@@ -47,7 +47,7 @@ class ProgramSettings(BaseSettings):
         """
         try:
             return cls(**tomllib.loads(read_file(path, MAX_SETTINGS_BYTES).decode("utf-8")))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise SetupError(f"{path} is not a TOML file") from error
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False, include_context=False)[0]

@@ -13,6 +13,7 @@ from nats.js.api import (
     AckPolicy,
     ConsumerConfig,
     DiscardPolicy,
+    PersistMode,
     RePublish,
     RetentionPolicy,
     StorageType,
@@ -102,8 +103,9 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
             max_age=_DAY_S,
             allow_direct=True,
         ),
-        _stream(
-            subjects.JOB_STREAM, f"$KV.{subjects.JOB_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
+        *(
+            _stream(f"KV_{bucket}", f"$KV.{bucket}.*", settings, max_msgs_per_subject=1, allow_direct=True)
+            for bucket in subjects.JOB_BUCKETS
         ),
         _stream(
             subjects.UPLOAD_STREAM,
@@ -122,15 +124,7 @@ def stream_configs(settings: StreamSettings) -> list[StreamConfig]:
         _stream(
             subjects.LEASE_STREAM, f"$KV.{subjects.LEASE_BUCKET}.*", settings, max_msgs_per_subject=1, allow_direct=True
         ),
-        _stream(
-            subjects.NONCE_STREAM,
-            f"$KV.{subjects.NONCE_BUCKET}.*",
-            settings,
-            max_msgs_per_subject=1,
-            max_age=settings.nonce_age_s,
-            max_bytes=64 << 20,
-            duplicate_window=min(_DUPLICATE_WINDOW_S, settings.nonce_age_s),
-        ),
+        _nonce_stream(settings),
     ]
 
 
@@ -154,8 +148,32 @@ def _write_once(name: str, subject: str, settings: StreamSettings) -> StreamConf
     return _stream(name, subject, settings, max_msgs_per_subject=1, discard_new_per_subject=True, allow_direct=True)
 
 
+def _nonce_stream(settings: StreamSettings) -> StreamConfig:
+    """Nonces of signed requests: the one stream that does not wait for the disk, on which every request would wait too.
+
+    One server flushes them behind its answer, and has them again after a restart but for what it took in its last
+    moments; a cluster, whose streams cannot do that, keeps them in the memory of all replicas.
+    """
+    is_clustered = settings.replicas > 1
+    return _stream(
+        subjects.NONCE_STREAM,
+        f"$KV.{subjects.NONCE_BUCKET}.*",
+        settings,
+        max_msgs_per_subject=1,
+        max_age=settings.nonce_age_s,
+        max_bytes=64 << 20,
+        duplicate_window=min(_DUPLICATE_WINDOW_S, settings.nonce_age_s),
+        storage=StorageType.MEMORY if is_clustered else StorageType.FILE,
+        persist_mode=None if is_clustered else PersistMode.ASYNC,
+    )
+
+
 def _work_stream(resource_class: subjects.ResourceClass, settings: StreamSettings) -> StreamConfig:
-    """One message per job, gone once acknowledged; a second one for a queued job is refused."""
+    """One message per job, gone once acknowledged; a second one for a queued job is refused.
+
+    What is in it follows from the records, which are synced, and is put back from them: it need not be synced itself. A
+    replicated stream has no such mode.
+    """
     return _stream(
         subjects.work_stream(resource_class),
         f"casemate.work.{resource_class}.*",
@@ -164,6 +182,7 @@ def _work_stream(resource_class: subjects.ResourceClass, settings: StreamSetting
         max_msgs=settings.max_jobs_queued,
         max_msgs_per_subject=1,
         discard_new_per_subject=True,
+        persist_mode=PersistMode.ASYNC if settings.replicas == 1 else None,
     )
 
 

@@ -16,7 +16,7 @@ Three bounds:
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -25,7 +25,7 @@ from typing import Final, get_args
 import numpy as np
 from casemate_schemas.audit import AuditCounts, AuditReport, Guesses, Score, padding_of
 from casemate_schemas.errors import ParameterError
-from casemate_schemas.job import Plan
+from casemate_schemas.job import Audit, DatasetUse, Plan
 from numpy.typing import NDArray
 
 from .accounting import composed_pld, epsilon
@@ -150,16 +150,18 @@ def one_run_noise(
         profile = profile_of(scaled(event, factor))
         return any(refutes_profile(canaries, item.made, item.correct, profile, significance) for item in guesses)
 
+    factors = _factors(event)
+    if (found := bisect_left(factors, True, key=refuted)) == len(factors):
+        return None
+    return factors[found]
+
+
+def _factors(event: PrivacyEvent) -> list[float]:
+    """The factors on the noise of ``event`` that are looked at, ascending: a grid of some 1 %, the same for everyone."""
     low = MIN_NOISE_MULTIPLIER / min(phase.noise_multiplier for phase in phases_of(event))
     high = max(low, _MAX_FACTOR)
-    if not refuted(high):
-        return None
-    if refuted(low):
-        return low
-    while high > low * _FACTOR_PRECISION:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if refuted(middle) else (middle, high)
-    return high
+    count = math.ceil(math.log(high / low) / math.log(_FACTOR_PRECISION))
+    return [low * (high / low) ** (i / count) for i in range(count)] + [high]
 
 
 def scaled(event: PrivacyEvent, factor: float) -> ScheduledEvent:
@@ -184,13 +186,11 @@ def audit_report(plan: Plan, counts: AuditCounts) -> AuditReport:
 
     Takes seconds. Raises :class:`~casemate_schemas.errors.ParameterError` for a plan of no audit, or other guesses.
     """
-    if plan.audit is None:
-        raise ParameterError("expected a plan of kind privacy_audit")
-    canaries, use = plan.audit.canaries, max(plan.datasets, key=lambda use: use.sample_rate.fraction)
+    canaries, use = _audited(plan).canaries, _most_sampled(plan)
     if [(item.score, item.top, item.bottom) for item in counts.guesses] != list(_guesses(canaries)):  # 1
         raise ParameterError("expected the counts of every guess that an audit makes, each once")
     event, delta = job_event(plan, use), plan.privacy.delta
-    significance = (1 - plan.audit.confidence) / (2 * len(counts.guesses))  # 2
+    significance = _significance(plan, counts)  # 2
     point = max(  # 3
         one_run_epsilon(canaries, item.made, item.correct, delta=delta, significance=significance)
         for item in counts.guesses
@@ -199,7 +199,7 @@ def audit_report(plan: Plan, counts: AuditCounts) -> AuditReport:
     return AuditReport(
         canaries=canaries,
         sample_rate=use.sample_rate,
-        confidence=plan.audit.confidence,
+        confidence=_audited(plan).confidence,
         delta=delta,
         epsilon=epsilon(event, delta),
         one_run_epsilon=point,
@@ -207,6 +207,26 @@ def audit_report(plan: Plan, counts: AuditCounts) -> AuditReport:
         guesses=counts.guesses,
         padding=padding_of(counts.guesses),
     )
+
+
+def profile_epsilons_beside(plan: Plan, counts: AuditCounts) -> tuple[float, float]:
+    """What :func:`audit_report` would say of ``profile_epsilon`` had it found the noise one step of its grid below, or above.
+
+    Whether the noise at one step is refuted can hang on the last digit of a floating-point number, which machines do not
+    agree about; and then they find neighbouring steps. Arguments and errors as for :func:`audit_report`.
+    """
+    event = job_event(plan, _most_sampled(plan))
+    significance = _significance(plan, counts)
+    factor = one_run_noise(_audited(plan).canaries, counts.guesses, event, significance=significance)
+    factors = _factors(event)
+    found = len(factors) if factor is None else factors.index(factor)
+
+    def at(step: int) -> float:
+        if step == len(factors):
+            return 0.0
+        return epsilon(scaled(event, factors[step]), plan.privacy.delta)
+
+    return at(max(found - 1, 0)), at(min(found + 1, len(factors)))
 
 
 def repeated_game_epsilon(
@@ -271,6 +291,22 @@ def _guesses(canaries: int) -> Iterator[tuple[Score, int, int]]:
             count = max(1, canaries // part)
             yield name, count, 0
             yield name, count - count // 2, count // 2
+
+
+def _audited(plan: Plan) -> Audit:
+    if plan.audit is None:
+        raise ParameterError("expected a plan of kind privacy_audit")
+    return plan.audit
+
+
+def _most_sampled(plan: Plan) -> DatasetUse:
+    """Whom the canaries stand for."""
+    return max(plan.datasets, key=lambda use: use.sample_rate.fraction)
+
+
+def _significance(plan: Plan, counts: AuditCounts) -> float:
+    """Each guess's share, for each of the two bounds."""
+    return (1 - _audited(plan).confidence) / (2 * len(counts.guesses))
 
 
 @lru_cache(maxsize=256)

@@ -52,8 +52,8 @@ class TrainingEvent:
             most 2**64.
         noise_multiplier: standard deviation of the noise over the clipping norm, in [0.01, 10,000].
         steps: number of releases, 1 to 1,000,000.
-        unit_records: the most records that belong to one privacy unit, 1 to 16. One if the unit is a record; if it is a
-            subject, the declared cap. Records are sampled and clipped each by itself.
+        unit_records: the most records that belong to one privacy unit, 1 to 16, sampled and clipped each by itself. One in
+            every job of Casemate, which samples a subject with all its records at once.
 
     Raises :class:`~casemate_schemas.errors.ParameterError` for anything else, NaN included.
 

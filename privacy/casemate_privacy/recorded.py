@@ -17,7 +17,7 @@ from casemate_schemas.result import PrivacyStatement
 from pydantic import Field, StringConstraints, ValidationError
 
 from .accounting import epsilon, person_epsilon
-from .events import MAX_DELTA, MAX_EPSILON, MAX_UNIT_RECORDS, MIN_DELTA, ScheduledEvent, TrainingEvent
+from .events import MAX_DELTA, MAX_EPSILON, MIN_DELTA, ScheduledEvent, TrainingEvent
 from .prv import EpsilonInterval, prv_epsilon, prv_person_epsilon
 from .renyi import ZERO_CURVE, add_curves, rdp_curve
 from .renyi_filter import RenyiFilter
@@ -33,7 +33,6 @@ Rule = Literal["fixed", "person", "adaptive"]
 class RecordedEvent(WireModel):
     """What one job did with one dataset, phase by phase."""
 
-    unit_records: Annotated[int, Field(ge=1, le=MAX_UNIT_RECORDS)] = 1
     phases: Annotated[tuple[ReleasePhase, ...], Field(min_length=1, max_length=MAX_RELEASE_PHASES + 1)]
 
     @classmethod
@@ -43,16 +42,13 @@ class RecordedEvent(WireModel):
             ReleasePhase(sample_rate=Rational.of(p.sample_rate), noise_multiplier=p.noise_multiplier, steps=p.steps)
             for p in event.phases
         )
-        return cls(unit_records=event.phases[0].unit_records, phases=tuple(phases))
+        return cls(phases=tuple(phases))
 
     @property
     def event(self) -> ScheduledEvent:
         """What accountants take. Raises :class:`~casemate_schemas.errors.ParameterError` for what they do not."""
         return ScheduledEvent(
-            tuple(
-                TrainingEvent(p.sample_rate.fraction, p.noise_multiplier, p.steps, self.unit_records)
-                for p in self.phases
-            )
+            tuple(TrainingEvent(p.sample_rate.fraction, p.noise_multiplier, p.steps) for p in self.phases)
         )
 
 
@@ -179,7 +175,7 @@ def _whole(budget: Budget, period: int) -> tuple[StatedGuarantee, ...]:
 
 def _event_of(line: LedgerLine) -> RecordedEvent:
     first = ReleasePhase(sample_rate=line.sample_rate, noise_multiplier=line.noise_multiplier, steps=line.steps)
-    return RecordedEvent(unit_records=line.unit_records, phases=(first, *line.further))
+    return RecordedEvent(phases=(first, *line.further))
 
 
 def read_events(data: bytes) -> RecordedEvents:

@@ -6,13 +6,17 @@ Workers put the statement into the result; the SDK makes it again from the terms
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Final
 
 from casemate_schemas.errors import ParameterError
 from casemate_schemas.job import DatasetUse, Plan
-from casemate_schemas.result import OwnerPrivacy, PrivacyStatement
+from casemate_schemas.result import NoisedSteps, OwnerPrivacy, PrivacyStatement
 
 from .accounting import epsilon, person_epsilon
 from .events import ScheduledEvent, TrainingEvent
+
+MAX_ACCOUNTED: Final = 64
+"""Bound on the pairs of a sample rate and a noise in one plan."""
 
 
 def job_event(plan: Plan, use: DatasetUse, steps: int | None = None) -> ScheduledEvent:
@@ -34,11 +38,27 @@ def job_event(plan: Plan, use: DatasetUse, steps: int | None = None) -> Schedule
     return ScheduledEvent(tuple(phases))
 
 
-def privacy_statement(plan: Plan) -> PrivacyStatement:
-    """The guarantee of the whole plan. Takes up to a second the first time.
+def check_accountable(plan: Plan) -> None:
+    """Raises :class:`ParameterError` for a plan of more than :data:`MAX_ACCOUNTED` pairs of a rate and a phase's noise.
 
-    Raises :class:`ParameterError` for parameters that no accountant takes.
+    Datasets that are sampled alike count once. Everyone who judges a plan composes all its pairs of theirs, so this bounds
+    what a stranger can have them do: some 0.15 s a pair at worst.
     """
+    rates = {use.sample_rate for use in plan.datasets}
+    sigmas = {sigma for _, sigma in plan.training.noise_phases}
+    if (pairs := len(rates) * len(sigmas)) > MAX_ACCOUNTED:
+        raise ParameterError(
+            f"{len(rates)} sample rates in {len(sigmas)} phases of noise make {pairs} pairs to account for, at most "
+            f"{MAX_ACCOUNTED} are: fewer phases, or a target that more owners can share"
+        )
+
+
+def privacy_statement(plan: Plan) -> PrivacyStatement:
+    """The guarantee of the whole plan. Takes seconds, at worst, the first time.
+
+    Raises :class:`ParameterError` for parameters that no accountant takes, or too many of them.
+    """
+    check_accountable(plan)
     events = [job_event(plan, use) for use in plan.datasets]
     owners = tuple(
         OwnerPrivacy(
@@ -46,8 +66,6 @@ def privacy_statement(plan: Plan) -> PrivacyStatement:
             epsilon=epsilon(event, plan.privacy.delta),
             delta=plan.privacy.delta,
             sample_rate=use.sample_rate,
-            noise_multiplier=plan.training.noise_multiplier,
-            steps=plan.training.steps,
         )
         for use, event in zip(plan.datasets, events, strict=True)
     )
@@ -55,6 +73,7 @@ def privacy_statement(plan: Plan) -> PrivacyStatement:
     return PrivacyStatement(
         unit=plan.privacy.unit,
         mechanism=plan.training.mechanism,
+        noise=tuple(NoisedSteps(steps=steps, noise_multiplier=sigma) for steps, sigma in plan.training.noise_phases),
         owners=owners,
         person_epsilon=person,
         person_delta=plan.privacy.delta,

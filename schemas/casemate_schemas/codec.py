@@ -59,15 +59,20 @@ def unpack(data: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) -> A
 
     Raises :class:`TooLargeError` over ``max_bytes`` and :class:`MalformedError` for anything that is not canonical.
     """
-    if len(data) > max_bytes:
-        raise TooLargeError(f"expected at most {max_bytes} bytes, got {len(data)}")
-    try:
-        value = msgpack.unpackb(data, use_list=False, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise MalformedError("expected one canonical msgpack value") from error
+    value = _unpacked(data, max_bytes)
     if pack(value) != data:
         raise MalformedError("msgpack value is not in canonical form")
     return value
+
+
+def _unpacked(data: bytes | memoryview, max_bytes: int) -> Any:
+    """The value, whose form is still to be compared."""
+    if len(data) > max_bytes:
+        raise TooLargeError(f"expected at most {max_bytes} bytes, got {len(data)}")
+    try:
+        return msgpack.unpackb(data, use_list=False, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise MalformedError("expected one canonical msgpack value") from error
 
 
 def encode(message: WireModel) -> bytes:
@@ -80,7 +85,7 @@ def decode(model: type[M], data: bytes | memoryview, *, max_bytes: int = MAX_MES
 
     Raises :class:`TooLargeError` or :class:`MalformedError`; the message names fields, never their values.
     """
-    value = unpack(data, max_bytes=max_bytes)
+    value = _unpacked(data, max_bytes)
     try:
         message = model.model_validate(value)
     except (ValidationError, RecursionError) as error:
@@ -92,9 +97,14 @@ def decode(model: type[M], data: bytes | memoryview, *, max_bytes: int = MAX_MES
 
 def domain_digest(kind: str, data: bytes | memoryview) -> bytes:
     """SHA-256 of ``data`` in the domain ``kind``: digests of different kinds never collide."""
-    h = hashlib.sha256(b"casemate\x00v1\x00" + kind.encode("ascii") + b"\x00")
+    h = domain_hash(kind)
     h.update(data)
     return h.digest()
+
+
+def domain_hash(kind: str) -> hashlib._Hash:
+    """The hash whose digest :func:`domain_digest` is of what it is fed with."""
+    return hashlib.sha256(b"casemate\x00v1\x00" + kind.encode("ascii") + b"\x00")
 
 
 def digest_of(message: WireModel) -> bytes:
@@ -109,10 +119,14 @@ def _where(error: ValidationError | RecursionError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
+_PLAIN: Final = frozenset({type(None), bool, bytes, str})
+"""Types of most values, which are their own canonical form."""
+
+
 def _canonical(value: Any, depth: int) -> Any:
     if depth == 0:
         raise MalformedError(f"nested deeper than {MAX_DEPTH}")
-    if value is None or isinstance(value, bool | bytes | str):
+    if type(value) in _PLAIN or isinstance(value, bytes | str):
         return value
     if isinstance(value, int):
         if not -(1 << 63) <= value < 1 << 64:

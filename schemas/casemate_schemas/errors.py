@@ -8,7 +8,8 @@
     │   ├── UnsupportedVersionError    a version this release does not speak
     │   └── ChecksumError              a piece of an upload is not what its sender said it is (tus)
     ├── ParameterError                 a value is out of its range (epsilon, delta, rate, sigma, ...)
-    │   └── KeyReusedError             an idempotency key was used for another request before
+    │   ├── KeyReusedError             an idempotency key was used for another request before
+    │   └── DeadlineError              it is too late, by the clock of who says so
     ├── ModelError                     a model cannot be trained here
     │   ├── UnsupportedOperationError  an operation outside the allow-list
     │   └── BatchDependenceError       one example can touch another's loss
@@ -83,6 +84,10 @@ class ParameterError(CasemateError):
 
 class KeyReusedError(ParameterError):
     reason = "key_reused"
+
+
+class DeadlineError(ParameterError):
+    reason = "deadline_passed"
 
 
 class ModelError(CasemateError):
@@ -184,6 +189,10 @@ class TrainingError(CasemateError):
 class UnavailableError(CasemateError):
     reason = "unavailable"
 
+    def __init__(self, message: str = "", retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
 
 class StorageFullError(UnavailableError):
     reason = "storage_full"
@@ -195,10 +204,6 @@ class QuotaError(StorageFullError):
 
 class ThrottledError(UnavailableError):
     reason = "throttled"
-
-    def __init__(self, message: str = "", retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class RolledBackError(UnavailableError):

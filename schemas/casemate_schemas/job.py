@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from math import gcd
+from math import gcd, prod
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
@@ -24,6 +24,13 @@ MIN_NOISE_MULTIPLIER: Final = 0.3
 MAX_NOISE_MULTIPLIER: Final = 1e4
 MAX_NOISE_PHASES: Final = 8
 """Each phase is a second of accounting more, for every key broker and dataset."""
+MAX_PLACED_BYTES: Final = 16 << 30
+"""Where units have places (subjects, padded batches) a worker holds all records twice: at their declared bounds, so many
+bytes at most."""
+
+MAX_STEP_BYTES: Final = 4 << 30
+"""What the records of one padded step may take, dummies among them."""
+
 MAX_PADDED_UNITS: Final = 1 << 24
 """With padded batches each step looks at every privacy unit that may be there: so many at most."""
 
@@ -345,6 +352,24 @@ class JobSpec(WireModel):
     salt: Digest
     model: ModelSpec
     plan: Plan
+
+    @model_validator(mode="after")
+    def _has_places_in_memory(self) -> Self:
+        uses, padded = self.plan.datasets, self.plan.training.padded_batch
+        if padded is None and self.plan.privacy.unit == "record":
+            return self
+        record_bytes, width = 4 * prod(self.model.input_shape) + 8, max(use.unit_records for use in uses)
+        placed = 2 * record_bytes * sum(use.row_bound for use in uses) + 8 * width * sum(use.units for use in uses)
+        if placed > MAX_PLACED_BYTES:
+            raise ValueError(
+                f"subjects or padded batches take {placed} bytes at the declared bounds, at most {MAX_PLACED_BYTES} are: "
+                "fewer or smaller datasets, or no padding"
+            )
+        if (step := (padded or 0) * width * record_bytes) > MAX_STEP_BYTES:
+            raise ValueError(
+                f"padded_batch: a step of {padded} units takes {step} bytes, at most {MAX_STEP_BYTES} are: a smaller one"
+            )
+        return self
 
 
 JOB_SECTIONS: Final = ("spec", "terms", "weights")

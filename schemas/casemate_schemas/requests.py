@@ -254,7 +254,6 @@ class LedgerLine(WireModel):
     steps: int
     further: Annotated[tuple[ReleasePhase, ...], Field(max_length=MAX_RELEASE_PHASES)] = ()
     """What the same job released besides: under other noise, as its schedule says, or metrics."""
-    unit_records: int
     limit_epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(ge=0)]

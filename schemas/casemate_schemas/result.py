@@ -11,7 +11,7 @@ from .codec import Digest, UnixMs, WireModel
 from .dataset import DatasetId
 from .envelope import SealedKey
 from .evidence import Evidence
-from .job import MAX_DATASETS, MAX_STEPS, JobId, Mechanism, Rational
+from .job import MAX_DATASETS, MAX_NOISE_PHASES, MAX_STEPS, JobId, Mechanism, Rational
 from .lineage import Lineage
 from .metrics import MetricSums
 from .model import MAX_NODES
@@ -20,14 +20,21 @@ from .signatures import Signed
 RESULT_SECTIONS: Final = ("manifest", "weights")
 
 
+ClippingStrategy = Literal["ghost", "per_sample", "grouped", "patches"]
+"""How one parameter's gradients are handled: never formed, or formed, in one of three ways for a convolution."""
+
 Clipping = Annotated[
-    dict[
-        Annotated[str, StringConstraints(min_length=1, max_length=220)],
-        Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,32}$")],
-    ],
+    dict[Annotated[str, StringConstraints(min_length=1, max_length=220)], ClippingStrategy],
     Field(max_length=2 * MAX_NODES),
 ]
 """Names of parameters to names of strategies (docs/dp-engine.md)."""
+
+
+class NoisedSteps(WireModel):
+    """So many steps, one after another, and the noise in each, over the clipping norm."""
+
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    noise_multiplier: Annotated[float, Field(gt=0)]
 
 
 class OwnerPrivacy(WireModel):
@@ -37,8 +44,6 @@ class OwnerPrivacy(WireModel):
     epsilon: Annotated[float, Field(ge=0)]
     delta: Annotated[float, Field(gt=0, lt=1)]
     sample_rate: Rational
-    noise_multiplier: Annotated[float, Field(gt=0)]
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
 
 
 class PrivacyStatement(WireModel):
@@ -51,6 +56,8 @@ class PrivacyStatement(WireModel):
     unit: Literal["record", "subject"] = "record"
     mechanism: Mechanism = "hardened"
     """How the noise was drawn: with ``exact`` the figures hold for the bits released, not for ideal numbers."""
+    noise: Annotated[tuple[NoisedSteps, ...], Field(min_length=1, max_length=MAX_NOISE_PHASES)]
+    """Of all the steps, in order: the same for all owners."""
     owners: Annotated[tuple[OwnerPrivacy, ...], Field(min_length=1, max_length=MAX_DATASETS)]
     person_epsilon: Annotated[float, Field(ge=0)] | None
     """For a person with a privacy unit in each owner's data; None where no bound is known (more than 16 datasets)."""

@@ -14,7 +14,7 @@
     casemate.ledger-head.<key broker>             newest head of each ledger          stream LEDGER_HEADS
     casemate.worker.<worker>.presence             that a worker is there              stream WORKERS
     casemate.worker.<worker>.drain                that it is to take no more jobs     stream WORKERS
-    $KV.jobs.<job>                                job records                         stream KV_jobs
+    $KV.jobs-<shard>.<job>                        job records                         stream KV_jobs-<shard>
     $KV.nonces.<key>                              HTTP nonces already used            stream KV_nonces
     $KV.uploads.<member>.<digest>                 uploads that have not ended         stream KV_uploads
     $KV.leases.<name>                             who does what only one may do       stream KV_leases
@@ -33,6 +33,7 @@ as hostile: those can cost availability and nothing else.
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -71,8 +72,10 @@ MANIFEST_STREAM: Final = "MANIFESTS"
 REVOCATION_STREAM: Final = "REVOCATIONS"
 LEDGER_HEAD_STREAM: Final = "LEDGER_HEADS"
 WORKER_STREAM: Final = "WORKERS"
-JOB_BUCKET: Final = "jobs"
-JOB_STREAM: Final = "KV_jobs"
+JOB_SHARDS: Final = 8
+"""Buckets that job records are spread over: a stream syncs one message after the other, several of them at once."""
+JOB_BUCKETS: Final = tuple(f"jobs-{shard}" for shard in range(JOB_SHARDS))
+JOB_STREAMS: Final = tuple(f"KV_{bucket}" for bucket in JOB_BUCKETS)
 NONCE_BUCKET: Final = "nonces"
 NONCE_STREAM: Final = "KV_nonces"
 UPLOAD_BUCKET: Final = "uploads"
@@ -119,6 +122,21 @@ def work(resource_class: ResourceClass, job_id: str) -> str:
 def next_delivery(resource_class: ResourceClass) -> str:
     """Subject on which a worker asks for its next job."""
     return f"$JS.API.CONSUMER.MSG.NEXT.{work_stream(resource_class)}.{WORKER_CONSUMER}"
+
+
+def job_shard(job_id: str) -> int:
+    """Which of :data:`JOB_BUCKETS` holds a job's record."""
+    return zlib.crc32(token(job_id).encode("ascii")) % JOB_SHARDS
+
+
+def job_record(job_id: str) -> str:
+    """Subject of a job's record."""
+    return f"$KV.{JOB_BUCKETS[job_shard(job_id)]}.{job_id}"
+
+
+def job_stream(job_id: str) -> str:
+    """Name of the stream that holds a job's record."""
+    return JOB_STREAMS[job_shard(job_id)]
 
 
 def max_deliveries_advisory(resource_class: ResourceClass) -> str:
@@ -226,8 +244,8 @@ _SHARED_SERVICES: Final = (
     "casemate.blob.marker.*",
     "casemate.head.*",
     "casemate.event.*",
-    f"$KV.{JOB_BUCKET}.*",
-    f"$JS.API.DIRECT.GET.{JOB_STREAM}.$KV.{JOB_BUCKET}.*",
+    *(f"$KV.{bucket}.*" for bucket in JOB_BUCKETS),
+    *(f"$JS.API.DIRECT.GET.KV_{bucket}.$KV.{bucket}.*" for bucket in JOB_BUCKETS),
     f"$JS.API.DIRECT.GET.{BLOB_STREAM}",
     f"$JS.API.DIRECT.GET.{BLOB_MARKER_STREAM}.casemate.blob.marker.*",
     f"$JS.API.DIRECT.GET.{HEAD_STREAM}.casemate.head.*",
@@ -252,7 +270,7 @@ _PURGEABLE: Final = (
 
 _READ_THROUGH: Final = (
     EVENT_STREAM,
-    JOB_STREAM,
+    *JOB_STREAMS,
     REVOCATION_STREAM,
     BLOB_MARKER_STREAM,
     HEAD_STREAM,
@@ -281,12 +299,13 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             "casemate.worker.*.drain",
             *(f"$JS.API.STREAM.{verb}.*" for verb in ("CREATE", "UPDATE", "INFO")),
             *(f"$JS.API.STREAM.PURGE.{stream}" for stream in _PURGEABLE),
+            *(f"$JS.API.STREAM.MSG.DELETE.{stream}" for stream in JOB_STREAMS),
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
             *(f"$JS.API.CONSUMER.INFO.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
-            f"$JS.API.CONSUMER.CREATE.{JOB_STREAM}",
-            f"$JS.API.CONSUMER.INFO.{JOB_STREAM}.*",
+            *(f"$JS.API.CONSUMER.CREATE.{stream}" for stream in JOB_STREAMS),
+            *(f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in JOB_STREAMS),
             *(f"$JS.API.DIRECT.GET.{stream}" for stream in _READ_THROUGH),
-            f"$JS.FC.{JOB_STREAM}.>",
+            *(f"$JS.FC.{stream}.>" for stream in JOB_STREAMS),
             SERVER_STATUS,
         ),
         subscribe=(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .codec import Digest, Name, UnixMs, WireModel, domain_digest
+from .codec import Digest, Name, UnixMs, WireModel, domain_hash
 from .consortium import Consortium, verify_delegation
 from .errors import AuthenticationError, AuthorisationError, ManifestError, ParameterError
 from .identity import Delegation
@@ -61,7 +62,16 @@ class VerifiedTerms:
 
 def weights_commitment(spec: JobSpec, weights: bytes | memoryview) -> bytes:
     """A hiding commitment to the initial weights: their digest under the job's salt."""
-    return domain_digest("initial-weights", spec.salt + bytes(weights))
+    commitment = weights_hash(spec)
+    commitment.update(weights)
+    return commitment.digest()
+
+
+def weights_hash(spec: JobSpec) -> hashlib._Hash:
+    """The hash whose digest :func:`weights_commitment` is, for weights that stream by."""
+    commitment = domain_hash("initial-weights")
+    commitment.update(spec.salt)
+    return commitment
 
 
 def verify_terms(signed: Signed, consortium: Consortium) -> VerifiedTerms:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import math
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import IO, Final, Protocol, TypeVar
 
 import aiohttp
@@ -24,6 +26,8 @@ from casemate_schemas.errors import (
     MalformedError,
     NotFoundError,
     ParameterError,
+    StorageFullError,
+    ThrottledError,
     TooLargeError,
     UnavailableError,
     error_from_reason,
@@ -38,9 +42,20 @@ from .identity import Identity
 MAX_JSON_BYTES: Final = 4 << 20
 MAX_LIST_BYTES: Final = 64 << 20
 ATTEMPTS: Final = 5
+MAX_WAIT_S: Final = 90.0
+"""How long one call waits in all for a gateway that is busy, full or away."""
 _J = TypeVar("_J", bound=BaseModel)
 
 _BLOCK_BYTES: Final = 1 << 20
+_TRANSIENT: Final[dict[int, type[UnavailableError]]] = {
+    429: ThrottledError,
+    502: UnavailableError,
+    503: UnavailableError,
+    504: UnavailableError,
+    507: StorageFullError,
+}
+"""What a proxy between may answer by itself."""
+
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=30, sock_read=60)
 
 
@@ -138,6 +153,36 @@ def sign_request(
     return message.headers
 
 
+class Patience:
+    """How often one thing is tried again, and how long that may take in all, before its error is raised."""
+
+    def __init__(self, sleep: Callable[[float], Awaitable[None]], attempts: int, max_wait_s: float) -> None:
+        self._sleep = sleep
+        self._attempts = attempts
+        self._max_wait_s = max_wait_s
+        self.renew()
+
+    def renew(self) -> None:
+        """As if nothing had failed yet: it got further."""
+        self._failures = 0
+        self._waited_s = 0.0
+
+    async def wait(self, error: CasemateError) -> None:
+        """Waits until the next attempt; raises ``error`` if there is none, or if it would be too late.
+
+        Each wait is twice as long as the one before, up to 8 s, and never shorter than ``error`` asks for; clients that were
+        turned away together come back apart.
+        """
+        self._failures += 1
+        asked_s = error.retry_after_s if isinstance(error, UnavailableError) else 0.0
+        own_s = min(0.25 * 2**self._failures, 8.0)
+        wait_s = max(own_s * random.uniform(0.5, 1.0), asked_s * random.uniform(1.0, 1.25))  # noqa: S311 - no secret
+        if self._failures >= self._attempts or self._waited_s + wait_s > self._max_wait_s:
+            raise error
+        self._waited_s += wait_s
+        await self._sleep(wait_s)
+
+
 class Gateway:
     """Signed requests to one gateway, tried again while that is safe and may help."""
 
@@ -148,7 +193,12 @@ class Gateway:
         session: aiohttp.ClientSession,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        max_wait_s: float = MAX_WAIT_S,
     ) -> None:
+        """``max_wait_s``: how long one call may wait in all, at least 0."""
+        if not 0 <= max_wait_s < math.inf:
+            raise ParameterError(f"max_wait_s: expected a number of seconds, got {max_wait_s!r}")
+        self._max_wait_s = max_wait_s
         self._base = _base_url(url)
         self._identity = identity
         self._session = session
@@ -172,23 +222,26 @@ class Gateway:
         headers: Mapping[str, str] | None = None,
         again: bool = True,
     ) -> Answer:
-        """One request, at most :data:`ATTEMPTS` times if it may be repeated, each signed anew."""
-        for attempt in range(1, ATTEMPTS + 1):
+        """One request, at most :data:`ATTEMPTS` times if it may be repeated, each signed anew.
+
+        Where the gateway says when to come back (429, 503, 507), not before that. Raises its error if that is too late.
+        """
+        patience = self.patience()
+        while True:
             try:
                 async with self.open(method, path, body=body, headers=headers) as response:
                     return Answer(response.status, response.headers, await _read(response, max_bytes))
-            except UnavailableError:
-                if not again or attempt == ATTEMPTS:
+            except UnavailableError as error:
+                if not again:
                     raise
-            await self.pause(attempt)
-        raise UnavailableError("the gateway does not answer")
+                await patience.wait(error)
 
-    async def pause(self, attempt: int) -> None:
-        """Wait before the next attempt: twice as long each time, up to 8 s, and never in step with others."""
-        await self._sleep(min(0.25 * 2**attempt, 8.0) * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+    def patience(self, attempts: int = ATTEMPTS) -> Patience:
+        """For one call."""
+        return Patience(self.wait, attempts, self._max_wait_s)
 
     async def wait(self, seconds: float) -> None:
-        """Wait as long as the gateway asks for."""
+        """Wait so long."""
         await self._sleep(seconds)
 
     @asynccontextmanager
@@ -223,6 +276,17 @@ def printable(text: str, limit: int = 2000) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:limit])
 
 
+def retry_after_s(value: str | None) -> float:
+    """The seconds that a ``Retry-After`` asks for (RFC 9110, section 10.2.3); 0 for none, or one that cannot be read."""
+    text = (value or "").strip()
+    if text.isascii() and text.isdecimal() and len(text) <= 6:
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
 def read_json(model: type[_J], body: bytes) -> _J:
     """The ``model`` in a JSON body. Raises :class:`MalformedError`."""
     try:
@@ -254,15 +318,22 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 async def _problem(response: aiohttp.ClientResponse) -> CasemateError:
-    """The typed error of an RFC 9457 problem; of the status alone where there is none."""
+    """The typed error of an RFC 9457 problem; of the status alone where there is none. It knows when to try again."""
+    error = await _error_of(response)
+    if isinstance(error, UnavailableError) and (after_s := retry_after_s(response.headers.get("Retry-After"))):
+        return type(error)(f"{error} (try again in {math.ceil(after_s)} s)", after_s)
+    return error
+
+
+async def _error_of(response: aiohttp.ClientResponse) -> CasemateError:
     if response.content_type == api.PROBLEM_MEDIA_TYPE:
         try:
             problem = api.ProblemDetails.model_validate_json(await _read(response, 64 << 10))
         except (ValidationError, TooLargeError):
             return MalformedError(f"the gateway answered {response.status} with a problem that cannot be read")
         return error_from_reason(problem.reason, printable(problem.detail or problem.title))
-    if response.status in (429, 502, 503, 504):
-        return UnavailableError(f"the gateway answered {response.status}")
+    if (kind := _TRANSIENT.get(response.status)) is not None:
+        return kind(f"the gateway answered {response.status}")
     if response.status == 404:
         return NotFoundError("nothing is there: is this a Casemate gateway?")
     return CasemateError(f"the gateway answered {response.status} without saying why")

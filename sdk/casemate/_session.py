@@ -38,7 +38,7 @@ from casemate_schemas.requests import (
 from casemate_schemas.sealing import open_envelope, seal_envelope
 
 from . import hosting
-from ._http import ATTEMPTS, BytesBody, Gateway, printable
+from ._http import BytesBody, Gateway, printable
 from .identity import Identity
 from .state import State
 
@@ -113,14 +113,12 @@ class Session:
         Raises the typed error of a refusal, :class:`SealError` or :class:`~casemate_schemas.errors.MalformedError` for
         an answer that is not the key broker's to this question, and :class:`~casemate_schemas.errors.UnavailableError`.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+        patience = self.gateway.patience()
+        while True:
             try:
                 return await self._ask_once(broker, question, answer, about)
-            except UnavailableError:
-                if attempt == ATTEMPTS:
-                    raise
-            await self.gateway.pause(attempt)
-        raise UnavailableError(f"key broker {broker.id} does not answer")
+            except UnavailableError as error:
+                await patience.wait(error)
 
     async def _ask_once(self, broker: KeyBroker, question: Question, answer: type[_R], about: str | None) -> _R:
         """Each time under a new id, since a key broker takes an id once. Every question may be asked again."""

@@ -33,7 +33,7 @@ from casemate_schemas.errors import (
     UnavailableError,
 )
 
-from ._http import ATTEMPTS, MAX_JSON_BYTES, BytesBody, FileBody, Gateway, read_json
+from ._http import MAX_JSON_BYTES, BytesBody, FileBody, Gateway, read_json
 
 _BLOCK_BYTES: Final = 1 << 20
 _TUS: Final = {"Tus-Resumable": api.TUS_VERSION, "Content-Type": api.UPLOAD_MEDIA_TYPE}
@@ -68,7 +68,7 @@ async def upload(gateway: Gateway, framing: bytes, file: IO[bytes], digest: byte
     """Uploads the envelope of that digest: ``framing``, all that precedes the ciphertext, and ``file``, the ciphertext.
 
     Raises :class:`SealError` if the gateway says that it stored another envelope, or the typed error of its problem;
-    what may pass is tried again, :data:`ATTEMPTS` times without getting any further.
+    what may pass is tried again, :data:`~casemate._http.ATTEMPTS` times without getting any further.
     """
     if file.seek(0, os.SEEK_END) <= api.MIN_PIECE_BYTES:
         body = await asyncio.to_thread(FileBody, framing, file)
@@ -89,25 +89,23 @@ class _Upload:
         self._total = len(framing) + file.seek(0, os.SEEK_END)
         self._piece_bytes = api.MIN_PIECE_BYTES
         self._furthest = -1
-        self._failures = 0
+        self._patience = gateway.patience()
 
     async def run(self) -> None:
         while True:
             try:
                 return await self._attempt()
-            except _PASSING:
-                self._failures += 1
-                if self._failures >= ATTEMPTS:
-                    raise
+            except _PASSING as error:
+                await self._patience.wait(error)
             self._piece_bytes = api.MIN_PIECE_BYTES
-            await self._gateway.pause(self._failures)
 
     async def _attempt(self) -> None:
         """Asks where it stands, and sends from there on to the end. Only getting further than ever makes up for failures."""
         offset = await self._begin()
         while offset is not None:
             if offset > self._furthest:
-                self._furthest, self._failures = offset, 0
+                self._furthest = offset
+                self._patience.renew()
             offset = await self._send(offset)
             self._piece_bytes = min(2 * self._piece_bytes, api.MAX_PIECE_BYTES)
 
@@ -154,7 +152,7 @@ async def download(gateway: Gateway, path: str, digest: bytes, partial: Path, *,
     to have the digest, it is fetched once more from the start.
 
     Raises :class:`TooLargeError`, :class:`SetupError`, or the typed error of the gateway's problem; what may pass is tried
-    again, :data:`ATTEMPTS` times without getting any further.
+    again, :data:`~casemate._http.ATTEMPTS` times without getting any further.
     """
     with _open_partial(partial) as file:
         envelope = await _read(file, max_bytes)
@@ -171,24 +169,23 @@ async def download(gateway: Gateway, path: str, digest: bytes, partial: Path, *,
 
 async def _fetch(gateway: Gateway, path: str, digest: bytes, file: IO[bytes], max_bytes: int) -> None:
     """Goes on with ``file`` if it holds the beginning, and else from the start, until the gateway has given everything."""
-    failures, furthest = 0, 0
+    patience, furthest = gateway.patience(), 0
     while True:
         size = file.seek(0, os.SEEK_END)
         if size > furthest:
-            failures, furthest = 0, size
+            furthest = size
+            patience.renew()
         ranged = {"Range": f"bytes={size}-", "If-Range": f'"{digest.hex()}"'} if size else {}
         try:
             async with gateway.open("GET", path, headers=ranged) as response:
                 return await _receive(response, file, size, max_bytes)
-        except MalformedError:
-            if not size or failures + 1 >= ATTEMPTS:
+        except MalformedError as error:
+            if not size:
                 raise
+            await patience.wait(error)
             file.truncate(0)  # nothing comes after what is here: it is no beginning of this envelope
-        except UnavailableError:
-            if failures + 1 >= ATTEMPTS:
-                raise
-        failures += 1
-        await gateway.pause(failures)
+        except UnavailableError as error:
+            await patience.wait(error)
 
 
 async def _receive(response: aiohttp.ClientResponse, file: IO[bytes], size: int, max_bytes: int) -> None:

@@ -39,6 +39,7 @@ from casemate_schemas.terms import VerifiedTerms, verify_terms
 
 from ._http import printable
 from ._session import Session
+from .plan_text import describe_plan, describe_use
 
 Decision = Literal["approve", "deny"]
 _DIGEST_DIGITS: Final = 64
@@ -85,13 +86,13 @@ class ApprovalRequest:
         return "\n".join(printable(line, _MAX_LINE_CHARS) for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
-        terms, training = self.terms.terms, self.terms.terms.plan.training
+        terms = self.terms.terms
         asked = "train" if terms.plan.audit is None else f"audit training, with {terms.plan.audit.canaries} canaries"
         yield f"{self.key_broker}: job {terms.job_id} is {self.state}"
         yield f"  {_name(self.terms.submitter)} asks to {asked}, for {terms.plan.purpose}, until {_when(terms.deadline)}"
         yield f"  on {', '.join(use.dataset for use in terms.plan.datasets)}, to predict {terms.plan.pipeline.target}"
-        noise = f"{training.mechanism} noise {', then '.join(f'{sigma:g}' for _, sigma in training.noise_phases)}"
-        yield f"  {training.steps} steps of {noise}; the model itself stays sealed"
+        yield from (f"  {line}" for line in describe_plan(terms.plan))
+        yield "  the model itself stays sealed"
         readers = ", ".join(map(_name, self.terms.recipients))
         yield f"  released: {', '.join(terms.plan.release)}, to {readers}"
         for use in self.shown.uses:
@@ -101,6 +102,8 @@ class ApprovalRequest:
         licence = use.licence.peek(Licence)
         yield f"  {use.dataset}: ε {use.epsilon:.3g} for this job alone, at δ {licence.delta:g};"
         yield f"    ε {use.epsilon_spent:.3g} of {licence.epsilon:g} were spent before it"
+        (plan_use,) = (item for item in self.terms.terms.plan.datasets if item.dataset == use.dataset)
+        yield from (f"    {line}" for line in describe_use(self.terms.terms.plan, plan_use, licence.delta))
         yield f"    {describe(licence, self.names)}"
         for item in use.awaited:
             yield f"    to {item.action}: {max(0, item.count - item.missing)} of {item.count} approvals"

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import aiohttp
 from casemate_privacy.owners import Choice
 from casemate_schemas import api
 from casemate_schemas import consortium as _consortium
+from casemate_schemas.admission import Priority
 from casemate_schemas.attestation_policy import AttestationPolicy
 from casemate_schemas.codec import Name, encode
 from casemate_schemas.consortium import ConsortiumManifest, verify_delegation
@@ -53,7 +55,7 @@ from . import datasets as _datasets
 from . import hosting as _hosting
 from . import jobs as _jobs
 from . import planning as _planning
-from ._http import MAX_LIST_BYTES, BytesBody, Gateway, read_json
+from ._http import MAX_LIST_BYTES, MAX_WAIT_S, BytesBody, Gateway, read_json
 from ._session import Session, fetch_chain
 from .identity import Identity, now_ms
 from .parameters import (
@@ -83,6 +85,7 @@ async def connect(
     consortium: str | None = None,
     state_dir: str | os.PathLike[str] | None = None,
     clock: Callable[[], int] = now_ms,
+    max_wait_s: float = MAX_WAIT_S,
 ) -> AsyncIterator[Consortium]:
     """A connection to a consortium through its gateway, for as long as the ``async with`` block lasts.
 
@@ -95,6 +98,8 @@ async def connect(
         identity: a private key file with a delegation, or the keys themselves.
         consortium: the consortium's id, 64 hexadecimal digits, got from someone trusted.
         state_dir: where to remember; ``~/.local/state/casemate`` if not given.
+        max_wait_s: how long one call waits, in all, for a gateway that is busy, full or away, before it raises
+            :class:`~casemate_schemas.errors.UnavailableError` or what it is of it; 90 s if not given.
 
     Raises :class:`~casemate_schemas.errors.SetupError`, :class:`~casemate_schemas.errors.AuthenticationError`,
     :class:`ManifestError` or :class:`~casemate_schemas.errors.UnavailableError`.
@@ -107,7 +112,7 @@ async def connect(
     async with aiohttp.ClientSession(
         trust_env=True, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
     ) as http:
-        gateway = Gateway(url, me, http)
+        gateway = Gateway(url, me, http, max_wait_s=max_wait_s)
         chain = await fetch_chain(gateway)
         verified, first_contact = state.accept_chain(chain, expected)
         verify_delegation(me.signed_delegation, verified, at=clock())
@@ -409,6 +414,8 @@ class Consortium:
         metrics: Metrics | None = None,
         padded_batch: int | Literal["auto"] | None = None,
         audit: Audit | None = None,
+        priority: Priority = "normal",
+        not_before: datetime | None = None,
     ) -> _jobs.Job:
         """Plan, seal and submit one training job. The model stays as it was; its weights are the initial ones.
 
@@ -426,7 +433,7 @@ class Consortium:
             scaling: of features, by declared bounds: ``minus_one_one``, ``unit`` or ``none``.
             purpose: as licences name it.
             recipients: signed delegations of those who may open the result; this person if not given.
-            deadline_s: seconds within which the key brokers must have agreed.
+            deadline_s: seconds from now; a job that has not begun to commit its result by then expires. At most 30 days.
             job_id: 32 hexadecimal digits. Submitting the same job again under its id is the same job.
             mechanism: ``hardened`` noise, or ``exact``, whose guarantee holds for the bits released: docs/dp-engine.md.
             lr_schedule: multiples of the learning rate by step; always one if not given.
@@ -438,6 +445,8 @@ class Consortium:
             padded_batch: let every step compute on so many privacy units, dummies among them, so that its duration does not
                 tell how many were drawn; a step that draws more uses none. ``auto`` is enough for all but one in 10^9.
             audit: put canaries in, and release a report in place of weights: see :meth:`audit`.
+            priority: ``low``, ``normal`` or ``high``, beside this member's other jobs that wait; others' are not overtaken.
+            not_before: a time with its zone, before the deadline. Key brokers are asked at once; no worker begins before it.
 
         Raises :class:`ParameterError`, :class:`~casemate_schemas.errors.ModelError` with the user's line,
         :class:`~casemate_schemas.errors.DatasetError`, :class:`~casemate_schemas.errors.BudgetError`,
@@ -470,6 +479,8 @@ class Consortium:
             metrics=metrics,
             padded_batch=padded_batch,
             audit=audit,
+            priority=priority,
+            not_before=not_before,
         )
         return await _jobs.train(self._session, request)
 

@@ -7,11 +7,11 @@ import base64
 import binascii
 import secrets
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Final
 
 from casemate_schemas import api
-from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckAnswer, Routing, Submission
+from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckAnswer, Priority, Routing, Submission
 from casemate_schemas.codec import decode, digest_of, encode
 from casemate_schemas.errors import (
     CasemateError,
@@ -32,12 +32,12 @@ from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.terms import Terms, weights_commitment
 from pydantic import ValidationError
 
-from ._http import MAX_JSON_BYTES, BytesBody, printable, read_json
+from ._http import MAX_JSON_BYTES, BytesBody, printable, read_json, retry_after_s
 from ._session import Session
 from ._transfers import download
 from .datasets import find_datasets, upload_sealed
 from .parameters import parameter_errors
-from .planning import TrainingRequest, check_request, is_job_id, plan_training
+from .planning import TrainingRequest, begins_ms, check_request, is_job_id, plan_training
 from .results import Result, open_result
 from .state import SubmittedJob
 from .verification import MAX_RESULT_BYTES, Bundle, Expected
@@ -71,14 +71,19 @@ async def train(session: Session, request: TrainingRequest) -> Job:
         salt = secrets.token_bytes(32) if known is None else known.salt
         spec = JobSpec(job_id=job_id, salt=salt, model=model, plan=plan)
     if known is not None:  # 4
-        _check_same_job(known, spec, weights)
+        _check_same_job(known, spec, weights, request)
         return await submit(session, known.submission, job_id)
     signed_terms = sign_terms(session, spec, weights, deadline_s=request.deadline_s)  # 5
-    submission = await seal_job(session, spec, signed_terms, weights)
+    begins = _begins(request)
+    if begins is not None and begins >= signed_terms.peek(Terms).deadline:
+        raise ParameterError(
+            f"not_before: the job would begin after its deadline, {request.deadline_s:g} s from now: give a longer deadline_s"
+        )
+    submission = await seal_job(session, spec, signed_terms, weights, priority=request.priority, not_before=begins)
     mine = SubmittedJob(job_id=job_id, salt=salt, terms=signed_terms, submission=submission)
     kept = session.state.remember_job(mine)  # 6
     if kept != mine:
-        _check_same_job(kept, spec.model_copy(update={"salt": kept.salt}), weights)
+        _check_same_job(kept, spec.model_copy(update={"salt": kept.salt}), weights, request)
     return await submit(session, kept.submission, job_id)
 
 
@@ -102,7 +107,15 @@ def sign_terms(session: Session, spec: JobSpec, weights: bytes, *, deadline_s: f
     return sign(terms, session.identity.keys.signing)
 
 
-async def seal_job(session: Session, spec: JobSpec, signed_terms: Signed, weights: bytes) -> Submission:
+async def seal_job(
+    session: Session,
+    spec: JobSpec,
+    signed_terms: Signed,
+    weights: bytes,
+    *,
+    priority: Priority = "normal",
+    not_before: int | None = None,
+) -> Submission:
     """Seal and upload the job, seal the terms, and sign the routing header: all that is left is to post it."""
     terms, manifest = signed_terms.peek(Terms), session.consortium.manifest
     sections = dict(zip(JOB_SECTIONS, (encode(spec), encode(signed_terms), weights), strict=True))
@@ -129,6 +142,8 @@ async def seal_job(session: Session, spec: JobSpec, signed_terms: Signed, weight
         recipients=_recipient_keys(spec.plan),
         created=terms.created,
         deadline=terms.deadline,
+        priority=priority,
+        not_before=not_before,
     )
     return Submission(
         routing=sign(routing, session.identity.keys.signing),
@@ -168,21 +183,22 @@ class Job:
 
     async def events(self) -> AsyncGenerator[JobEvent]:
         """Every event until the job ends: pushed where that works, polled where not; none twice."""
-        last_event_id, failures = "", 0
-        while failures < _RECONNECTS:
-            try:
-                async with aclosing(self._stream(last_event_id)) as stream:
-                    async for event_id, event in stream:
-                        last_event_id, failures = event_id, 0
-                        yield event
-                        if event.state in TERMINAL:
-                            return
-            except UnavailableError:
-                pass
-            except MalformedError:
-                break
-            failures += 1
-            await self._session.gateway.pause(failures)
+        last_event_id, patience = "", self._session.gateway.patience(_RECONNECTS)
+        broken = UnavailableError("the stream of events ended before the job")
+        with suppress(UnavailableError, MalformedError):
+            while True:
+                try:
+                    async with aclosing(self._stream(last_event_id)) as stream:
+                        async for event_id, event in stream:
+                            last_event_id = event_id
+                            patience.renew()
+                            yield event
+                            if event.state in TERMINAL:
+                                return
+                except UnavailableError as error:
+                    await patience.wait(error)
+                else:
+                    await patience.wait(broken)
         async for event in self._polled():
             yield event
 
@@ -304,7 +320,7 @@ class Job:
                 yield event
                 if event.state in TERMINAL:
                     return
-            await self._session.gateway.wait(_retry_after_s(answer.headers.get("Retry-After")))
+            await self._session.gateway.wait(_poll_s(answer.headers.get("Retry-After")))
 
     def _mine(self, status: api.JobStatus) -> api.JobStatus:
         if status.job_id != self.id:
@@ -315,9 +331,14 @@ class Job:
         return f"<Job {self.id}{' SIMULATED' if self._session.simulation else ''}>"
 
 
-def _check_same_job(known: SubmittedJob, spec: JobSpec, weights: bytes) -> None:
-    terms = known.terms.peek(Terms)
+def _begins(request: TrainingRequest) -> int | None:
+    return None if request.not_before is None else begins_ms(request.not_before)
+
+
+def _check_same_job(known: SubmittedJob, spec: JobSpec, weights: bytes, request: TrainingRequest) -> None:
+    terms, routing = known.terms.peek(Terms), known.submission.routing.peek(Routing)
     same = terms.job_spec_commitment == digest_of(spec)
+    same = same and (routing.priority, routing.not_before) == (request.priority, _begins(request))
     if not same or terms.initial_weights_commitment != weights_commitment(spec, weights):
         raise ConflictError(f"another job was submitted as {spec.job_id}: give this one an id of its own, or none")
 
@@ -353,5 +374,5 @@ def _event_of(status: api.JobStatus) -> JobEvent:
         raise MalformedError("the gateway sent a status that cannot be") from error
 
 
-def _retry_after_s(value: str | None) -> float:
-    return min(max(float(value), 0.5), 30.0) if value is not None and value.isdecimal() else _POLL_S
+def _poll_s(retry_after: str | None) -> float:
+    return min(max(retry_after_s(retry_after) or _POLL_S, 0.5), 30.0)

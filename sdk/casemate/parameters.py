@@ -57,7 +57,7 @@ __all__ = [
 _M = TypeVar("_M", bound=WireModel)
 
 
-class _Checked(WireModel):
+class Checked(WireModel):
     """Turns pydantic's error into one of the tree, and takes lists where the wire has tuples."""
 
     @model_validator(mode="wrap")
@@ -94,14 +94,14 @@ def to_wire(model: type[_M], value: _M) -> _M:
     return model.model_validate(value.model_dump())
 
 
-class SGD(_Checked, _job.SGD):
+class SGD(Checked, _job.SGD):
     """Stochastic gradient descent on the noised gradient: ``lr`` in (0, 1000], ``momentum`` in [0, 1).
 
     Weights shrink by ``lr * weight_decay`` (in [0, 1]) of themselves in each step, beside the gradient.
     """
 
 
-class Adam(_Checked, _job.Adam):
+class Adam(Checked, _job.Adam):
     """Adam (Kingma and Ba 2015) on the noised gradient: ``lr`` in (0, 1000], ``weight_decay`` as for :class:`SGD` (AdamW).
 
     ``bias_correction="dp"`` takes the noise's known variance out of the second moment (DP-AdamBC: Tang, Shpilevskiy,
@@ -109,29 +109,29 @@ class Adam(_Checked, _job.Adam):
     """
 
 
-class LrSchedule(_Checked, _job.LrSchedule):
+class LrSchedule(Checked, _job.LrSchedule):
     """Multiples of the learning rate: up over ``warmup_steps``, then ``decay`` (``constant``, ``linear`` or ``cosine``).
 
     ``final``, in [0, 1], is what the decay ends at.
     """
 
 
-class NoisePhase(_Checked, _job.NoisePhase):
+class NoisePhase(Checked, _job.NoisePhase):
     """From ``first_step`` on, the noise multiplier times ``factor``, in [0.01, 100]. Planned and charged as it is."""
 
 
-class Averaging(_Checked, _job.Averaging):
+class Averaging(Checked, _job.Averaging):
     """Release an exponential moving average of the weights, which ``decay``, in (0, 1), draws out; it costs no privacy."""
 
 
-class Augmentation(_Checked, _job.Augmentation):
+class Augmentation(Checked, _job.Augmentation):
     """Average each image's gradient over ``multiplicity`` (2 to 64) views before it is clipped; it costs no privacy.
 
     Views are shifted by up to ``shift`` pixels each way and mirrored left to right if ``flip``; one of them is the image.
     """
 
 
-class Audit(_Checked, _job.Audit):
+class Audit(Checked, _job.Audit):
     """Audit a training with so many ``canaries`` (16 to 10,000): lower bounds on epsilon, with ``confidence`` in [0.5, 0.9999].
 
     The more canaries, the more a flawed engine gives away, and the longer every step takes.
@@ -140,15 +140,15 @@ class Audit(_Checked, _job.Audit):
     canaries: Annotated[int, Field(ge=16, le=_job.MAX_CANARIES)] = 1000
 
 
-class Column(_Checked, _dataset.Column):
+class Column(Checked, _dataset.Column):
     """One column: ``name``, ``dtype``, ``shape`` of a row's value, public ``lower`` and ``upper`` bounds, ``unit``."""
 
 
-class DatasetCard(_Checked, _dataset.DatasetCard):
+class DatasetCard(Checked, _dataset.DatasetCard):
     """A dataset's declared schema: ``name``, ``owner`` (a member id), ``columns``, ``row_bound``, ``description``."""
 
 
-class Licence(_Checked, _licence.Licence):
+class Licence(Checked, _licence.Licence):
     """An owner's terms for one dataset: ``permissions``, ``epsilon`` and ``delta`` for its life, ``epsilon_per_job``, expiry."""
 
 

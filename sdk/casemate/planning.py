@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fractions import Fraction
 from typing import Any, Final, Literal, get_args
 
@@ -17,7 +18,9 @@ from casemate_privacy.hardened import check_hardened
 from casemate_privacy.owners import Choice, OwnersPlan, OwnerTarget, plan_job, weigh_choices
 from casemate_privacy.rounding import exact_clipping_norm, hardened_clipping_norm
 from casemate_privacy.shapes import JobShape
+from casemate_privacy.statement import check_accountable
 from casemate_schemas import job as wire
+from casemate_schemas.admission import Priority
 from casemate_schemas.codec import digest_of
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import BudgetError, DatasetError, ModelError, ParameterError
@@ -77,6 +80,8 @@ class TrainingRequest:
     metrics: Metrics | None = None
     padded_batch: int | Literal["auto"] | None = None
     audit: Audit | None = None
+    priority: Priority = "normal"
+    not_before: datetime | None = None
 
 
 def check_request(request: TrainingRequest) -> None:
@@ -98,12 +103,15 @@ def check_request(request: TrainingRequest) -> None:
         raise ParameterError(f"steps: expected 1 to {wire.MAX_STEPS}, got {request.steps!r}")
     if not 1 <= request.deadline_s <= MAX_DEADLINE_S:
         raise ParameterError(f"deadline_s: expected 1 to {MAX_DEADLINE_S} seconds, got {request.deadline_s!r}")
+    if request.not_before is not None:
+        begins_ms(request.not_before)
     if request.job_id is not None and not is_job_id(request.job_id):
         raise ParameterError("job_id: expected 32 hexadecimal digits")
     for name, value, known in (
         ("loss", request.loss, get_args(Loss)),
         ("scaling", request.scaling, get_args(Scaling)),
         ("mechanism", request.mechanism, get_args(Mechanism)),
+        ("priority", request.priority, get_args(Priority)),
     ):
         if value is not None and value not in known:
             raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -138,6 +146,15 @@ def _check_audit(request: TrainingRequest) -> None:
             raise ParameterError(f"{name}: an audit has none; leave it out, the engine is the same without it")
     if request.privacy.unit != "record":
         raise ParameterError("privacy: an audit's canaries are single records; the unit must be the record")
+
+
+def begins_ms(not_before: datetime) -> int:
+    """Unix ms, rounded up. Raises :class:`ParameterError` for what is no time, or a time of no zone: whose clock is meant?"""
+    if not isinstance(not_before, datetime) or not_before.utcoffset() is None:
+        raise ParameterError(
+            f"not_before: expected a datetime with its time zone, such as datetime(..., tzinfo=UTC), got {not_before!r}"
+        )
+    return math.ceil(not_before.timestamp() * 1000)
 
 
 def is_job_id(value: object) -> bool:
@@ -177,6 +194,7 @@ def plan_training(
     owners = plan_rates(request, datasets)  # 3
     with parameter_errors("plan"):
         plan = _plan(request, datasets, pipeline, loss, owners, recipients, model)
+    check_accountable(plan)
     _check_mechanism(plan, model, datasets)
     return plan, model, weights
 

@@ -147,8 +147,7 @@ class Result:
 
     def __str__(self) -> str:
         owners = [
-            f"  {owner.dataset}: ε {owner.epsilon:.4g} at δ {owner.delta:g} "
-            f"(q {owner.sample_rate.fraction}, σ {owner.noise_multiplier:.4g}, {owner.steps} steps)"
+            f"  {owner.dataset}: ε {owner.epsilon:.4g} at δ {owner.delta:g} (q {owner.sample_rate.fraction})"
             for owner in self.privacy.owners
         ]
         together = self.privacy.person_epsilon
@@ -156,7 +155,8 @@ class Result:
         person = f"  a person with a {self.privacy.unit} in each of them: {bound}"
         head = f"result of job {self.job_id}: {len(self.arrays)} tensors, all {len(self.verification.steps)} steps verified"
         software = ", ".join(f"{printable(k)} {printable(v)}" for k, v in sorted(self.manifest.software.items()))
-        noise = f"  {self.privacy.mechanism} noise{_clipping(self.manifest.clipping)}"
+        phases = ", then ".join(f"σ {item.noise_multiplier:.4g} for {item.steps} steps" for item in self.privacy.noise)
+        noise = f"  {self.privacy.mechanism} noise, {phases}{_clipping(self.manifest.clipping)}"
         found = [] if self.metrics is None else [f"  {name} {value}" for name, value in self.metrics.summary().items()]
         lines = [head, *owners, person, noise, *found, f"  {software}; {printable(self.manifest.isolation)}"]
         if self.audit is not None:

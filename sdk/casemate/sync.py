@@ -31,6 +31,7 @@ from casemate_schemas.requests import Budget, BudgetRenewed, DatasetRegistered, 
 
 from . import client as _client
 from . import jobs as _jobs
+from ._http import MAX_WAIT_S
 from .approvals import ApprovalRequest, PendingApprovals
 from .custody import Amendment, Erased
 from .datasets import Array, Datasets
@@ -77,11 +78,14 @@ def connect(
     consortium: str | None = None,
     state_dir: str | os.PathLike[str] | None = None,
     clock: Callable[[], int] = now_ms,
+    max_wait_s: float = MAX_WAIT_S,
 ) -> Iterator[Consortium]:
     """As :func:`casemate.connect`, for a ``with`` block."""
     loop = _Loop()
     try:
-        connection = _client.connect(url, identity=identity, consortium=consortium, state_dir=state_dir, clock=clock)
+        connection = _client.connect(
+            url, identity=identity, consortium=consortium, state_dir=state_dir, clock=clock, max_wait_s=max_wait_s
+        )
         entered = loop.run(_entered(connection))
         try:
             yield Consortium(loop, entered)

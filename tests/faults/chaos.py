@@ -1,8 +1,10 @@
 """Every fault there is, mixed over many jobs, by a schedule that follows from a seed: ``make chaos SEED=1 JOBS=100``.
 
-What happens in which round, to whom and when is drawn beforehand and printed; the same seed gives the same schedule. Jobs come in
-rounds, each on a dataset of its own. After each round all is healed, whoever got no answer submits again, and every job has
-to end; then :meth:`support.faults.Bench.check_invariants` must hold.
+The same seed gives the same jobs by id, in the same rounds, and has the same faults happen to the same programs or jobs so
+many seconds after the round's submits; all of it is drawn beforehand and printed, with a digest to compare runs by. What
+the programs make of it (who claims which job, who is the first to get to a point, which message the proxy meets) is their
+own. Jobs come in rounds, each on a dataset of its own. After each round all is healed, whoever got no answer submits again,
+and every job has to end; then :meth:`support.invariants.Invariants.check_invariants` must hold.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import random
 import secrets
@@ -27,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from casemate.local_stack.layout import Layout
 from casemate_schemas.errors import CasemateError
 from support.byzantine import ByzantineProxy
-from support.faults import POLL_S, Bench, Orders, Run, running_bench, through
+from support.faults import Bench, Orders, running_bench, through
+from support.invariants import POLL_S, Run
 from support.stack import MEMBERS, WORKERS, found_in
 
 JOBS_PER_ROUND: Final = 4
@@ -42,13 +46,13 @@ SUBMIT_S: Final = 15.0
 PATIENCE_S: Final = 240.0
 DEADLINE_S: Final = 3600.0
 DOOMED_S: Final = 45.0
-"""Deadline of jobs that may have lost what they cannot do without: it ends them."""
+"""Deadline of jobs under a NATS that lies: it ends those that were garbled as they were stored."""
 
 _BROKERS: Final = tuple(f"key-broker-{name}" for name in MEMBERS)
 TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "worker dies": ("pull", "reserved", "checkpointed", "uploaded", "receipt", "receipts", "released", "told"),
     "worker sleeps": ("reserved", "uploaded", "committing", "receipts"),
-    "worker's clock": ("-1800000", "1800000"),
+    "worker's clock": ("-7200000", "7200000"),
     "key broker dies": tuple(f"{when}-{op}" for when in ("before", "after") for op in ("precheck", "grant", "commit")),
     "key broker sleeps": _BROKERS,
     "killed": ("gateway", "nats", "nats", *_BROKERS),
@@ -58,6 +62,7 @@ TARGETS: Final[dict[str, tuple[str, ...]]] = {
     "cancelled": ("0", "1"),
     "submitted twice": ("0", "1"),
     "ciphertext lost": ("0", "1"),
+    "submission lost": ("0", "1"),
 }
 """What can happen, and to whom: a program, a point of the launcher's, or the number of a job."""
 
@@ -74,7 +79,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Round:
-    jobs: int
+    jobs: tuple[str, ...]
     faults: tuple[Fault, ...]
 
     def suffers(self, *kinds: str) -> bool:
@@ -92,8 +97,14 @@ def schedule(seed: str, jobs: int) -> list[Round]:
                 deck = draw.sample(sorted(TARGETS), len(TARGETS))
             kind = deck.pop()
             faults.append(Fault(kind, draw.choice(TARGETS[kind]), round(draw.uniform(0, FIRST_S), 2)))
-        rounds.append(Round(min(each, jobs - first), tuple(faults)))
+        ids = tuple(f"{draw.getrandbits(128):032x}" for _ in range(min(each, jobs - first)))
+        rounds.append(Round(ids, tuple(faults)))
     return rounds
+
+
+def digest(rounds: list[Round]) -> str:
+    """What two runs of the same schedule have in common, whoever ran them."""
+    return hashlib.sha256(json.dumps([asdict(planned) for planned in rounds]).encode()).hexdigest()
 
 
 class Chaos:
@@ -103,7 +114,7 @@ class Chaos:
         self._bench = bench
         self._proxy = proxy
         self._dataset = ""
-        self._ids: list[str] = []
+        self._ids: tuple[str, ...] = ()
 
     async def round(self, planned: Round) -> Counter[str]:
         """One round; how many of its jobs ended in which state.
@@ -114,21 +125,21 @@ class Chaos:
         4. Nothing but what was called off, destroyed or garbled ends without a result.
         """
         self._dataset = await self._bench.new_dataset()
-        self._ids = [secrets.token_hex(16) for _ in range(planned.jobs)]
+        self._ids = planned.jobs
         hostile = planned.suffers("byzantine")
-        doomed = hostile or planned.suffers("ciphertext lost")
-        deadline_s = DOOMED_S if doomed else DEADLINE_S
+        doomed = hostile or planned.suffers("ciphertext lost", "submission lost")
+        deadline_s = DOOMED_S if hostile else DEADLINE_S
         submits = [asyncio.create_task(self._submitted(job_id, deadline_s)) for job_id in self._ids]  # 1
         await asyncio.gather(*(self._happen(fault) for fault in planned.faults))
         runs = await asyncio.gather(*submits)
         await self._healed(planned)  # 2
         runs = [run or await self._submitted(job_id, deadline_s) for run, job_id in zip(runs, self._ids, strict=True)]
         acknowledged = [run for run in runs if run is not None]
-        if len(acknowledged) < planned.jobs and not hostile:
+        if len(acknowledged) < len(planned.jobs) and not hostile:
             raise AssertionError("a submit is refused although nothing is wrong any more")
         await self._bench.settled(acknowledged, PATIENCE_S)  # 3
         found = await self._bench.check_invariants(acknowledged, hostile=hostile)
-        if not doomed and found["sealed"] + found["cancelled"] < planned.jobs:  # 4
+        if not doomed and found["sealed"] + found["cancelled"] < len(planned.jobs):  # 4
             raise AssertionError(f"jobs ended without a result: {dict(found)}")
         return found
 
@@ -179,6 +190,9 @@ class Chaos:
                         while self._bench.scientist._session.state.job(job_id) is None:  # noqa: ASYNC110 - a file
                             await asyncio.sleep(POLL_S)
                     await self._submitted(job_id, DEADLINE_S)
+                case "submission lost":
+                    record, _ = await self._bench.records.get(job_id)
+                    await self._bench.lose_blob(record.submission)
                 case "ciphertext lost":
                     record, _ = await self._bench.records.get(job_id)
                     await self._bench.lose_ciphertext(record.job_envelope)
@@ -226,11 +240,12 @@ def main() -> None:
     parser.add_argument("--seed", default=secrets.token_hex(4))
     parser.add_argument("--jobs", type=int, default=100)
     options = parser.parse_args()
-    say(json.dumps({"seed": options.seed, "jobs": options.jobs}))
+    rounds, began = schedule(options.seed, options.jobs), time.monotonic()
+    say(json.dumps({"seed": options.seed, "jobs": options.jobs, "schedule": digest(rounds)}))
     with tempfile.TemporaryDirectory() as folder:
-        rounds = schedule(options.seed, options.jobs)
         layout = found_in(Path(folder) / "stack")
         asyncio.run(run(options.seed, rounds, layout, Path(folder)))
+    say(json.dumps({"held": digest(rounds), "seconds": round(time.monotonic() - began)}))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from support.stack import copy_of, founded
 __all__ = ["founded"]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_bench(founded: Layout, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
-    """One stack for a file of tests: each has a job and datasets of its own, and leaves nothing behind."""
+    """One stack for all tests that leave it as it was: each has a job and datasets of its own, and leaves nothing behind."""
     folder = tmp_path_factory.mktemp("faults")
     orders = Orders(folder / "orders")
     stack = LocalStack(
@@ -25,7 +25,7 @@ async def shared_bench(founded: Layout, tmp_path_factory: pytest.TempPathFactory
         yield bench
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def bench(shared_bench: Bench) -> AsyncIterator[Bench]:
     try:
         yield shared_bench

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 from support.faults import Bench
 from support.stack import MEMBERS
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 KINDS = pytest.mark.parametrize(
     "name",
@@ -27,13 +24,3 @@ async def test_between_decision_and_answer(bench: Bench, name: str) -> None:
     await bench.check_one_result(run)
     assert bench.orders.all_obeyed()
     assert (await bench.record(run)).attempt >= 3
-
-
-async def test_all_of_them_while_a_worker_trains(bench: Bench) -> None:
-    programs = [f"key-broker-{name}" for name in MEMBERS]
-    with bench.orders.hold("first-step"):
-        run = await bench.submit()
-        await bench.orders.held("first-step")
-        for program in programs:
-            os.kill(bench.pid(program), signal.SIGKILL)
-    await bench.check_one_result(run)

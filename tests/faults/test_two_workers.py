@@ -30,7 +30,7 @@ from casemate_worker.worker import Worker
 from support.faults import Bench
 from support.stack import MEMBERS, SCIENTIST, WORKERS
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 class Duplicate(Worker):

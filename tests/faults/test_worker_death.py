@@ -7,11 +7,12 @@ import signal
 
 import pytest
 from casemate_schemas.errors import StateError, TrainingError
-from support.faults import CHECKPOINT_EVERY_STEPS, Bench, command, until, zeroed
+from support.faults import CHECKPOINT_EVERY_STEPS, Bench, command, zeroed
+from support.invariants import until
 from support.stack import OWNERS
 from torch import nn
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_nothing_dies(bench: Bench) -> None:

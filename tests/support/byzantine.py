@@ -71,6 +71,8 @@ class _Way:
             while True:
                 line = await reader.readuntil(b"\r\n")
                 message = await Message.read(line, reader) if line.strip() else None
+                if line[:4].upper() == b"SUB ":
+                    self._proxy.subscribed.append(line.split()[1].decode())
                 if message is None:
                     self._writer.write(line)
                 else:
@@ -134,6 +136,8 @@ class ByzantineProxy:
         self.is_hostile = False
         self.deeds: Counter[str] = Counter()
         """How often it did what."""
+        self.subscribed: list[str] = []
+        """Every subject that anyone began to listen to, in that order."""
         self.port = 0
         self._upstream = upstream
         self._connections = 0

@@ -113,7 +113,7 @@ def _written(secret: bytes) -> dict[str, bytes]:
 
 def files(folder: Path) -> Iterator[Place]:
     """Every file below ``folder``, whole; sockets and what vanishes meanwhile are left out."""
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
         with contextlib.suppress(OSError):
             if path.is_file() and path.stat().st_size <= _MAX_FILE_BYTES:
                 yield Place(f"file {path.relative_to(folder)}", path.read_bytes(), path)

@@ -23,6 +23,7 @@ class KeyBrokerProcess:
         self.name = name
         self._bench = bench
         self.events: list[dict[str, object]] = []
+        self.told: list[str] = []
         """What it logged since it was started last."""
         folder = bench.folder / f"{name}-process"
         folder.mkdir()
@@ -62,7 +63,7 @@ class KeyBrokerProcess:
 
     async def start(self, **environment: str) -> None:
         """Returns once it serves, or has ended."""
-        self.events = []
+        self.events, self.told = [], []
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -101,6 +102,8 @@ class KeyBrokerProcess:
         async for line in self.process.stderr:
             if line.startswith(b"{"):
                 self.events.append(json.loads(line))
+            else:
+                self.told.append(line.decode())
             if self.events and self.events[-1]["event"] == "ready":
                 ready.set()
         ready.set()

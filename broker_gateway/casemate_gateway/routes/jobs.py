@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Final
 
 from aiohttp import web
-from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, Routing, Submission
+from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckRequest, Routing, Submission
 from casemate_schemas.api import JOBS_PATH, JobList
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, verify_delegation
@@ -39,11 +39,12 @@ from casemate_schemas.keys import sealing_key_id
 from casemate_gateway.admission import MAX_SUBMISSION_BYTES
 from casemate_gateway.authentication import Person
 from casemate_gateway.gateway import Gateway, gateway_of
+from casemate_gateway.problems import JOB_ID
 from casemate_gateway.records import Job
 from casemate_gateway.tasks import end
 
 _UNHEARD: Final = 4
-"""Heartbeats after which a stream looks for events that it was not told of: of a job that goes on. Of ends it knows at each."""
+"""Heartbeats after which a stream looks for events that it was not told of. Ends that nobody told :mod:`.admission` tells."""
 
 
 async def submit(request: web.Request) -> web.Response:
@@ -62,10 +63,11 @@ async def submit(request: web.Request) -> web.Response:
     person, body = await gateway.authenticate(request)
     submission = decode(Submission, await body.whole(MAX_SUBMISSION_BYTES), max_bytes=MAX_SUBMISSION_BYTES)
     routing, submitter = _check_signatures(gateway, person, submission)
+    request[JOB_ID] = routing.job_id
     if (known := await _same_job(gateway, person, submission, routing)) is not None:
         return _answer(gateway, *known, status=200)
     _check_routing(gateway, submitter, routing)
-    await _check_job_envelope(gateway, person, routing)
+    job_head = await _check_job_envelope(gateway, person, routing)
     _check_terms_envelope(gateway, person, routing, submission.terms_envelope)
     async with gateway.quotas.job(person.member):
         digest = await _store(gateway, encode(submission))
@@ -75,7 +77,7 @@ async def submit(request: web.Request) -> web.Response:
     if not new and stored.routing != record.routing:
         raise _key_reused()
     await _check_kept(gateway, stored)
-    gateway.admission.take_up(record.job_id)
+    gateway.admission.take_up(record.job_id, PrecheckRequest(submission=submission, job_head=job_head))
     return _answer(gateway, gateway.records.open(stored), revision, status=202 if new else 200)
 
 
@@ -163,24 +165,14 @@ async def _send_events(gateway: Gateway, job_id: str, after: int, response: web.
                 if gateway.stopping.is_set():
                     return
                 if not coming.done():
-                    await _write(gateway, response, b": still here\n\n")
-                    await gateway.transitions.tell_end((await gateway.jobs.get(job_id))[0])
+                    await response.write(b": still here\n\n")
                     continue
                 if (found := coming.result()) is None:
                     return
-                await _write(gateway, response, _frame(*found))
+                await response.write(_frame(*found))
                 coming = asyncio.create_task(anext(followed, None))
         finally:
             await end([stopping, coming])
-
-
-async def _write(gateway: Gateway, response: web.StreamResponse, data: bytes) -> None:
-    """Raises :class:`ConnectionError` if the watcher has not read what came before for ``body_idle_s``: its place is wanted."""
-    try:
-        async with asyncio.timeout(gateway.settings.body_idle_s):
-            await response.write(data)
-    except TimeoutError as error:
-        raise ConnectionAbortedError("the watcher does not read") from error
 
 
 def _frame(sequence: int, event: JobEvent) -> bytes:
@@ -256,12 +248,14 @@ def _check_routing(gateway: Gateway, submitter: Delegation, routing: Routing) ->
         raise AuthorisationError("the job's key broker does not serve the submitter's member")
 
 
-async def _check_job_envelope(gateway: Gateway, person: Person, routing: Routing) -> None:
+async def _check_job_envelope(gateway: Gateway, person: Person, routing: Routing) -> bytes:
+    """The job envelope's signed head."""
     try:
         stored = await gateway.envelopes.head(routing.job_envelope)
     except NotFoundError as error:
         raise NotFoundError("the job envelope is not stored: upload it before the submission") from error
     _check_envelope(gateway, person, stored.head, "job")
+    return stored.signed
 
 
 def _check_terms_envelope(gateway: Gateway, person: Person, routing: Routing, envelope: bytes) -> None:

@@ -15,17 +15,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from typing import Annotated, ClassVar, Final, Literal
 
-import safetensors.torch
 import torch
 from casemate_models.losses import ExampleLoss
-from casemate_schemas.codec import WireModel, decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ModelError, ParameterError, StateError
-from casemate_schemas.job import MAX_STEPS, Metrics, Training
+from casemate_schemas.job import Metrics, Training
 from casemate_schemas.metrics import MetricSums
-from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .augmentation import Augmenter, Views, mean_over_views
@@ -42,25 +37,10 @@ from .probe import probe_model
 from .rounding import clip_for_rounding
 from .rows import most_rows
 from .schedules import ScheduledNoise
+from .state import KeptTensors
 from .uses import Strategy
 
-__all__ = ["OwnerData", "Trainer", "TrainingState"]
-
-_STATE_OVERHEAD_BYTES: Final = 1 << 20
-
-
-class TrainingState(WireModel):
-    """All that a later attempt needs to go on: the step (which is every generator's position) and the tensors.
-
-    ``clipping`` is how each parameter's gradients were clipped: another way would round differently.
-    """
-
-    KIND: ClassVar[str] = "training-state"
-
-    version: Literal[1] = 1
-    step: Annotated[int, Field(ge=0, le=MAX_STEPS)]
-    clipping: dict[str, Strategy]
-    tensors: bytes
+__all__ = ["OwnerData", "Trainer"]
 
 
 class Trainer:
@@ -124,8 +104,8 @@ class Trainer:
             owners = [replace(data, targets=known_classes(data.targets, outputs.shape[-1])) for data in owners]
         self._batches = batches_of(owners, seed, plan.padded_batch)
         self._optimizer = build_optimizer(plan, [self._flat.vector], self._expected_batch)
-        self._slots = optimizer_slots(plan)
         self._average = None if plan.averaging is None else WeightAverage(plan.averaging.decay, self._trainable)
+        self._kept = KeptTensors(model, self._flat, self._optimizer, optimizer_slots(plan), self._average)
         self._step = 0
 
     @property
@@ -180,11 +160,8 @@ class Trainer:
             return noisy_metrics(model, self._batches, self._plan, plan, self._seed)
 
     def state(self) -> bytes:
-        """Everything that :meth:`restore` needs, as a canonical :class:`TrainingState`. Confidential until released."""
-        tensors = {name: tensor.detach().contiguous().clone() for name, tensor in self._tensors().items()}
-        return encode(
-            TrainingState(step=self._step, clipping=self.clipping_strategies, tensors=safetensors.torch.save(tensors))
-        )
+        """Everything that :meth:`restore` needs: see :meth:`.state.KeptTensors.encode`."""
+        return self._kept.encode(self._step, self.clipping_strategies)
 
     def restore(self, state: bytes) -> None:
         """Go on from ``state``, made by :meth:`state` under the same plan and model; nothing changes if it does not fit.
@@ -192,15 +169,9 @@ class Trainer:
         Raises:
             MalformedError: not such a state: other bytes, tensors, shapes or types, or more steps than the plan has.
         """
-        largest = 6 * sum(t.nbytes for t in self._model.state_dict().values()) + _STATE_OVERHEAD_BYTES
-        message = decode(TrainingState, state, max_bytes=largest)
-        try:
-            tensors = safetensors.torch.load(message.tensors)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise MalformedError("training state holds no tensors") from error
-        expected = self._expected_tensors(message.step)
-        if message.step > self._plan.steps or {n: (t.shape, t.dtype) for n, t in tensors.items()} != expected:
-            raise MalformedError("training state is not of this plan and model")
+        message, tensors = self._kept.decode(state)
+        if message.step > self._plan.steps:
+            raise MalformedError("training state is of more steps than this plan has")
         if message.clipping.keys() != self.clipping_strategies.keys():
             raise MalformedError("training state is not clipped like this model")
         self._group.agree([state])
@@ -210,7 +181,7 @@ class Trainer:
         except ModelError:
             self._clipping.strategies = before
             raise
-        self._load(tensors)
+        self._kept.load(tensors)
         self._step = message.step
 
     def _checked_clipping(self, owners: Sequence[OwnerData], mode: Mode) -> tuple[BookKeeping, Tensor]:
@@ -267,37 +238,6 @@ class Trainer:
         self._flat.vector.grad = gradient.float()
         move_weights(self._optimizer, self._plan, self._step)
         self._flat.vector.grad = None
-
-    def _tensors(self) -> dict[str, Tensor]:
-        found = {f"model/{name}": tensor for name, tensor in self._model.state_dict().items()}
-        for slot in self._slots if self._step else ():
-            kept = self._optimizer.state[self._flat.vector][slot]
-            pieces = dict.fromkeys(self._trainable, kept) if slot == "step" else self._flat.pieces(kept)
-            found |= {f"optimizer/{slot}/{name}": piece for name, piece in pieces.items()}
-        averages = {} if self._average is None else self._average.tensors
-        return found | {f"average/{name}": tensor for name, tensor in averages.items()}
-
-    def _expected_tensors(self, step: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        expected = {f"model/{name}": (t.shape, t.dtype) for name, t in self._model.state_dict().items()}
-        for name, parameter in self._trainable.items():
-            for slot in self._slots if step else ():
-                shape = torch.Size() if slot == "step" else parameter.shape
-                expected[f"optimizer/{slot}/{name}"] = (shape, torch.float32)
-            if self._average is not None:
-                expected[f"average/{name}"] = (parameter.shape, torch.float32)
-        return expected
-
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        self._model.load_state_dict({name: tensors[f"model/{name}"] for name in self._model.state_dict()})
-        if self._average is not None:
-            self._average.tensors = {name: tensors[f"average/{name}"] for name in self._trainable}
-        slots: dict[str, Tensor] = {}
-        if any(name.startswith("optimizer/") for name in tensors):
-            for slot in self._slots:
-                pieces = {name: tensors[f"optimizer/{slot}/{name}"] for name in self._trainable}
-                slots[slot] = next(iter(pieces.values())) if slot == "step" else self._flat.joined(pieces)
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": {0: slots} if slots else {}, "param_groups": groups})
 
 
 def _sorted(owners: Sequence[OwnerData]) -> list[OwnerData]:

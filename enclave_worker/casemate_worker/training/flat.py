@@ -13,7 +13,8 @@ class FlatParameters:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Of float32 parameters, by name, whose values and identities stay what they are."""
-        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self.shapes = {name: p.shape for name, p in parameters.items()}
+        """Of the parameters, in their order, by name."""
         self.vector = nn.Parameter(self.joined({name: p.detach() for name, p in parameters.items()}))
         """All of them, for an optimiser to move."""
         for parameter, piece in zip(parameters.values(), self.pieces(self.vector.detach()).values(), strict=True):
@@ -21,9 +22,9 @@ class FlatParameters:
 
     def pieces(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of a vector like :attr:`vector`, by the names and with the shapes of the parameters."""
-        parts = torch.split(vector, [shape.numel() for shape in self._shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        parts = torch.split(vector, [shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def joined(self, pieces: Mapping[str, Tensor]) -> Tensor:
         """A new vector of such pieces, by the parameters' names."""
-        return torch.cat([pieces[name].flatten() for name in self._shapes])
+        return torch.cat([pieces[name].flatten() for name in self.shapes])

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
+from casemate_schemas.job import Plan
 from rich.console import Console
 from rich.table import Table
 
@@ -106,9 +107,29 @@ def _facts(request: ApprovalRequest) -> dict[str, Any]:
         "purpose": terms.plan.purpose,
         "datasets": [use.dataset for use in terms.plan.datasets],
         "deadline": terms.deadline,
+        "plan": _plain(_asked(terms.plan)),
         "uses": [_plain(use.model_dump(exclude={"licence"})) for use in shown.uses],
         "given": [_plain(given.model_dump()) for given in shown.given],
         "text": str(request),
+    }
+
+
+def _asked(plan: Plan) -> dict[str, Any]:
+    """All that changes what the job costs in privacy, or what leaves."""
+    training = plan.training
+    return {
+        "kind": plan.kind,
+        "privacy": plan.privacy.model_dump(),
+        "mechanism": training.mechanism,
+        "clipping_norm": training.clipping_norm,
+        "noise": [{"steps": steps, "noise_multiplier": sigma} for steps, sigma in training.noise_phases],
+        "sample_rates": {use.dataset: str(use.sample_rate.fraction) for use in plan.datasets},
+        "subjects": {use.dataset: use.subjects.model_dump() for use in plan.datasets if use.subjects is not None},
+        "padded_batch": training.padded_batch,
+        "averaging": training.averaging and training.averaging.model_dump(),
+        "metrics": plan.metrics and plan.metrics.model_dump(),
+        "audit": plan.audit and plan.audit.model_dump(),
+        "release": list(plan.release),
     }
 
 

@@ -145,10 +145,9 @@ def _ledger(found: Budget) -> Table:
 
 def _mechanism(line: LedgerLine) -> str:
     rate = line.sample_rate.numerator / line.sample_rate.denominator
-    each = f", up to {line.unit_records} records each" if line.unit_records > 1 else ""
     further = sum(phase.steps for phase in line.further)
     more = f", and {further} more under other noise" if further else ""
-    return f"{line.kind}: σ {line.noise_multiplier:g}, q {rate:.3g}, {line.steps} releases{more}{each}"
+    return f"{line.kind}: σ {line.noise_multiplier:g}, q {rate:.3g}, {line.steps} releases{more}"
 
 
 def _when(at: int) -> str:

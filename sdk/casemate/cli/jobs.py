@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
 from casemate_privacy.owners import Choice
+from casemate_schemas.admission import Priority
 from casemate_schemas.api import JobStatus
 from casemate_schemas.errors import CasemateError, SetupError
 from casemate_schemas.pipeline import Loss
@@ -19,12 +20,10 @@ from rich.table import Table
 
 from casemate._http import printable
 from casemate.client import Consortium
-from casemate.parameters import SGD, Adam, Audit, Privacy
+from casemate.parameters import Privacy
 
 from .common import connected
-
-_LOSSES = ("cross_entropy", "binary_cross_entropy", "mean_squared_error")
-
+from .plan_file import read_plan
 
 _MODEL_HELP = (
     "Your own file and the function in it that returns the torch.nn.Module. "
@@ -41,6 +40,7 @@ def jobs() -> None:
 @click.option("--dataset", "datasets", required=True, multiple=True, metavar="NAME@OWNER")
 @click.option("--epsilon", required=True, type=float)
 @click.option("--delta", required=True, type=float)
+@click.option("--unit", default="record", show_default=True, type=click.Choice(["record", "subject"]))
 @click.option("--batch-size", required=True, type=int)
 @click.option("--epochs", type=float)
 @click.option("--steps", type=int)
@@ -52,13 +52,14 @@ async def weigh(
     datasets: tuple[str, ...],
     epsilon: float,
     delta: float,
+    unit: Literal["record", "subject"],
     batch_size: int,
     epochs: float | None,
     steps: int | None,
 ) -> None:
     """What each owner's own budget is worth to a training job, against one budget for all. Spends nothing."""
     choices = await consortium.weigh_budgets(
-        datasets, privacy=Privacy(epsilon, delta, 1.0), batch_size=batch_size, epochs=epochs, steps=steps
+        datasets, privacy=Privacy(epsilon, delta, 1.0, unit), batch_size=batch_size, epochs=epochs, steps=steps
     )
     console.print(choices_table(choices))
 
@@ -82,22 +83,35 @@ def choices_table(choices: Sequence[Choice]) -> Table:
     metavar="FILE.py:FUNCTION",
     help=_MODEL_HELP,
 )
-@click.option("--dataset", "datasets", required=True, multiple=True, metavar="NAME@OWNER")
-@click.option("--target", required=True, help="The column to predict.")
+@click.option(
+    "--plan",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.toml",
+    help="Everything that Consortium.train takes, under the same names; options below go before it.",
+)
+@click.option("--dataset", "datasets", multiple=True, metavar="NAME@OWNER")
+@click.option("--target", help="The column to predict.")
 @click.option("--feature", "features", multiple=True, help="All columns but the target if not given.")
-@click.option("--epsilon", required=True, type=float)
-@click.option("--delta", required=True, type=float)
-@click.option("--clipping-norm", default=1.0, show_default=True, type=float)
-@click.option("--batch-size", required=True, type=int)
+@click.option("--epsilon", type=float)
+@click.option("--delta", type=float)
+@click.option("--clipping-norm", type=float, help="1 if not given.")
+@click.option("--batch-size", type=int)
 @click.option("--epochs", type=float)
 @click.option("--steps", type=int)
-@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adam"]))
-@click.option("--lr", required=True, type=float)
-@click.option("--loss", type=click.Choice(_LOSSES))
-@click.option("--purpose", default="research", show_default=True)
-@click.option("--deadline-s", default=24 * 3600.0, show_default=True, type=float)
-@click.option("--audit", "canaries", type=int, metavar="CANARIES", help="Release no weights but an audit's report.")
-@click.option("--confidence", default=0.95, show_default=True, type=float, help="Of the audit's bounds.")
+@click.option("--optimizer", type=click.Choice(["sgd", "adam"]), help="sgd if not given.")
+@click.option("--lr", type=float)
+@click.option("--loss", type=click.Choice(get_args(Loss)))
+@click.option("--purpose", help="research if not given.")
+@click.option("--deadline-s", type=float, help="Seconds from now until it expires; a day if not given.")
+@click.option(
+    "--not-before",
+    metavar="TIME",
+    type=datetime.fromisoformat,
+    help="No worker begins it before: 2026-12-01T22:00:00+01:00.",
+)
+@click.option("--priority", type=click.Choice(get_args(Priority)), help="Beside your member's other jobs.")
+@click.option("--audit", type=int, metavar="CANARIES", help="Release no weights but an audit's report.")
+@click.option("--confidence", type=float, help="Of the audit's bounds; 0.95 if not given.")
 @click.option("--job-id", help="32 hexadecimal digits; the same job again under its id is the same job.")
 @click.option("--watch/--no-watch", "watching", default=False, help="Stay until it ends.")
 @connected
@@ -106,42 +120,14 @@ async def submit(
     console: Console,
     *,
     model: str,
-    datasets: tuple[str, ...],
-    target: str,
-    features: tuple[str, ...],
-    epsilon: float,
-    delta: float,
-    clipping_norm: float,
-    batch_size: int,
-    epochs: float | None,
-    steps: int | None,
-    optimizer: Literal["sgd", "adam"],
-    lr: float,
-    loss: Loss | None,
-    purpose: str,
-    deadline_s: float,
-    canaries: int | None,
-    confidence: float,
+    plan: Path | None,
     job_id: str | None,
     watching: bool,
+    **options: Any,
 ) -> int:
     """Plan, seal and submit a training job, or an audit of one; prints its id."""
-    job = await consortium.train(
-        model=load_model(model),
-        datasets=datasets,
-        target=target,
-        features=features or None,
-        privacy=Privacy(epsilon, delta, clipping_norm),
-        optimizer=SGD(lr=lr) if optimizer == "sgd" else Adam(lr=lr),
-        batch_size=batch_size,
-        epochs=epochs,
-        steps=steps,
-        loss=loss,
-        purpose=purpose,
-        deadline_s=deadline_s,
-        audit=None if canaries is None else Audit(canaries=canaries, confidence=confidence),
-        job_id=job_id,
-    )
+    asked = read_plan(plan, options)
+    job = await consortium.train(model=load_model(model), job_id=job_id, **asked.arguments)
     click.echo(job.id)
     return _outcome(await job.watch(console=console)) if watching else 0
 

@@ -116,7 +116,7 @@ def check_servers(about: str, servers: list[ServerStatus], replicas: int) -> Ite
         if server.is_recent:
             yield Finding(name, "version", server.version)
         else:
-            yield Finding(name, "version", server.version, "2.12 or newer", "update nats-server")
+            yield Finding(name, "version", server.version, "2.14 or newer", "update nats-server")
         yield _clock(name, "its clock", server.at_ms, server.heard_ms)
         if server.max_bytes and server.stored_bytes > NEARLY_FULL * server.max_bytes:
             found = f"{server.stored_bytes >> 20} of {server.max_bytes >> 20} MiB used"
@@ -140,7 +140,7 @@ def _not_connected(program: Program, error: CasemateError) -> Finding:
     if isinstance(error, SetupError):
         fix = "update nats-server" if "nats-server" in str(error) else f"correct {program.file}"
         return Finding(
-            program.about, "NATS", str(error), "settings to connect with, and nats-server 2.12 or newer", fix
+            program.about, "NATS", str(error), "settings to connect with, and nats-server 2.14 or newer", fix
         )
     fix = (
         "start nats-server, or correct nats_url; with tls:// it needs handshake_first, and a certificate for that host"

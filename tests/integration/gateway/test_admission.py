@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 from casemate_gateway.app import make_gateway
 from casemate_gateway.gateway import Gateway
+from casemate_messaging.blobs import BlobStore
+from casemate_messaging.envelopes import EnvelopeStore
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import TrustedManifests
 from casemate_messaging.queue import WorkQueue
+from casemate_schemas import subjects
 from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from casemate_schemas.codec import encode
-from casemate_schemas.job_state import JobRecord, advance
+from casemate_schemas.job_state import Approval, JobRecord, advance, revise
 from support.gateway import House, now_ms
 
 
@@ -79,22 +82,43 @@ async def crashed(house: House, job_id: str, at: str) -> None:
         await admission._round(job_id)
 
 
-@pytest.mark.parametrize("at", ["jobs.change", "transitions.move"])
-async def test_the_next_admission_goes_on(a_house: House, at: str) -> None:
+async def test_the_next_admission_asks_again_for_answers_that_were_not_stored(a_house: House) -> None:
     async with waiting_job(a_house) as job_id:
         asked = [await a_house.key_broker(name) for name in ("clara", "north")]
-        await crashed(a_house, job_id, at)
+        await crashed(a_house, job_id, "jobs.change")
         before = await record_of(a_house, job_id)
         assert before.state == "awaiting_approval"
-        verdicts = {approval.verdict for approval in before.approvals.values()}
-        assert verdicts == ({"pending"} if at == "jobs.change" else {"yes"})
+        assert {approval.verdict for approval in before.approvals.values()} == {"pending"}
         questions = sum(len(program.asked) for program in asked)
         async with a_house.gateway_running():
             await in_state(a_house, job_id, "queued")
             assert await first_message(a_house) == job_id
         assert await queued_messages(a_house) == []
-        asked_again = sum(len(program.asked) for program in asked) - questions
-        assert asked_again == (2 if at == "jobs.change" else 0)
+        assert sum(len(program.asked) for program in asked) - questions == 2
+
+
+async def test_with_every_yes_in_the_record_nobody_is_asked_again(a_house: House) -> None:
+    async with waiting_job(a_house) as job_id:
+        asked = [await a_house.key_broker(name) for name in ("clara", "north")]
+        jobs, yes = JobStore(await a_house.client("worker-1")), Approval(verdict="yes", answer=b"signed")
+        await jobs.change(job_id, lambda r: revise(r, now_ms=now_ms(), approvals=dict.fromkeys(r.approvals, yes)))
+        async with a_house.gateway_running():
+            await in_state(a_house, job_id, "queued")
+            assert await first_message(a_house) == job_id
+        assert [program.asked for program in asked] == [[], []]
+
+
+async def test_the_last_yes_queues_the_job_in_the_same_write(a_house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that come together are stored together, with what follows from them: the record is written twice in all."""
+    monkeypatch.setattr("casemate_gateway.admission._TOGETHER_S", 20.0)
+    for name in ("clara", "north"):
+        await a_house.key_broker(name)
+    async with a_house.gateway_running() as gateway:
+        _, reply = await a_house.submitted(a_house.caller("clara"))
+        record = await in_state(a_house, reply.json["job_id"], "queued")
+        assert [approval.verdict for approval in record.approvals.values()] == ["yes", "yes"]
+        assert all(approval.answer for approval in record.approvals.values())
+        assert (await gateway.jobs.get(record.job_id))[1] == 2
 
 
 async def test_a_queued_job_whose_message_is_gone_is_queued_again(a_house: House) -> None:
@@ -165,3 +189,24 @@ async def test_a_submission_outlives_a_crash_before_its_record(a_house: House) -
         assert (await clara.post(JOBS_PATH, submission)).status == 500
         gateway.transitions.create = create  # type: ignore[method-assign]
         assert (await clara.post(JOBS_PATH, submission)).status == 202
+
+
+@pytest.mark.parametrize("what", ["the submission", "a chunk of it", "the envelope"])
+async def test_a_job_whose_submission_is_destroyed_fails_and_says_why(a_house: House, what: str) -> None:
+    """Not at once, for it may only be late; and what comes after it is admitted."""
+    asked = [await a_house.key_broker(name) for name in ("clara", "north")]
+    async with waiting_job(a_house) as job_id:
+        record, gateway = await record_of(a_house, job_id), await a_house.client("gateway")
+        if what == "the envelope":
+            await EnvelopeStore(gateway, BlobStore(gateway)).delete_head(record.job_envelope, sequence=1 << 60)
+        elif what == "the submission":
+            await BlobStore(gateway, may_purge=True).delete(record.submission)
+        else:
+            chunks = f"casemate.blob.chunk.{record.submission.hex()}.*"
+            await gateway.jetstream().purge_stream(subjects.BLOB_STREAM, subject=chunks)
+        before = [len(program.asked) for program in asked]
+        async with a_house.gateway_running(lost_after_s=0.2):
+            assert (await in_state(a_house, job_id, "failed")).reason == "not_found"
+            assert [len(program.asked) for program in asked] == before
+            _, reply = await a_house.submitted(a_house.caller("clara"))
+            await in_state(a_house, reply.json["job_id"], "queued")

@@ -25,8 +25,13 @@ from casemate_schemas.keyring import KeyRing
 from support.gateway import House
 from support.gateway_process import program, settings_file
 
-EXAMPLES = int(os.environ.get("CASEMATE_API_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("CASEMATE_API_EXAMPLES", "1"))
 MIB = 1 << 20
+SHORT = """
+[phases.coverage]
+unexpected-methods = ["PUT"]
+"""
+"""Of methods that a path does not have, the short form asks for one: which it is makes no difference to the gateway."""
 
 
 async def test_the_description_is_public_and_has_every_route(running_house: House) -> None:
@@ -73,11 +78,13 @@ async def test_no_request_gets_an_answer_that_is_not_described(a_house: House, t
 async def schemathesis(origin: str, person: Path) -> tuple[int, str]:
     """Exit status and report of a run against the gateway at ``origin``, as the person in that folder."""
     tests = Path(__file__).resolve().parents[2]
+    config = person / "schemathesis.toml"
+    config.write_text(Path(__file__).with_name("schemathesis.toml").read_text() + ("" if EXAMPLES > 1 else SHORT))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "schemathesis.cli",
-        f"--config-file={Path(__file__).with_name('schemathesis.toml')}",
+        f"--config-file={config}",
         "run",
         origin + OPENAPI_PATH,
         f"--max-examples={EXAMPLES}",

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
+from casemate_schemas import subjects
 from casemate_schemas.job_state import advance, event_of
 from support.gateway import Caller, House, now_ms
 
@@ -111,9 +112,11 @@ async def test_a_broken_record_holds_up_no_other_job(running_house: House) -> No
         await running_house.key_broker(name)
     first = await queued(running_house, clara, "clara")
     stranger = await running_house.client("worker-2")
-    stored = await stranger.jetstream().get_last_msg("KV_jobs", f"$KV.jobs.{first}", direct=True)
+    stored = await stranger.jetstream().get_last_msg(
+        subjects.job_stream(first), subjects.job_record(first), direct=True
+    )
     for key, data in (("0" * 32, b"\xc1 nonsense"), ("1" * 32, stored.data or b"")):
-        await stranger.jetstream().publish(f"$KV.jobs.{key}", data)
+        await stranger.jetstream().publish(subjects.job_record(key), data)
         record = (await JobStore(stranger).get(first))[0].model_copy(update={"job_id": key})
         await EventLog(stranger).publish(event_of(record))
     worker = WorkQueue(await running_house.client("worker-1"))

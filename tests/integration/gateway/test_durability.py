@@ -70,7 +70,7 @@ async def test_the_program_refuses_and_runs_if_it_is_told_to(tmp_path: Path) -> 
         command = [sys.executable, "-m", "casemate_gateway", "--settings", str(settings)]
         refused = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
         _, told = await asyncio.wait_for(refused.communicate(), 60)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert "sync_interval" in told.decode() and "--allow-unsafe-durability" in told.decode()
         process = await asyncio.create_subprocess_exec(
             *command, "--allow-unsafe-durability", stderr=asyncio.subprocess.PIPE

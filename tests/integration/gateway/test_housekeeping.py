@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ from support.gateway import Caller, House, now_ms
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
-RETENTION = Retention(unreferenced_s=DAY_S, ended_s=30 * DAY_S)
+RETENTION = Retention(unreferenced_s=DAY_S, ended_s=30 * DAY_S, records_s=90 * DAY_S)
 
 
 @dataclass
@@ -135,7 +135,36 @@ async def test_what_goes_and_what_stays(running_house: House) -> None:
     assert [await found.there(digest) for digest in kept.values()] == [True, False, False, False]
     gateway = await running_house.client("gateway")
     assert (await gateway.jetstream().stream_info(subjects.BLOB_STREAM)).state.messages == 2
+    assert await found.after(89) == Removed()
+    assert await found.after(91) == Removed(records=1)
     assert await found.after(3000) == Removed()
+
+
+async def test_a_job_is_forgotten_long_after_its_end_and_is_never_begun_again(running_house: House) -> None:
+    """By whoever posts its submission once more; one that has not ended stays, however old it is."""
+    found, clara = await keeper(running_house), running_house.caller("clara")
+    (ended, _), (going, _) = [await running_house.submitted(clara) for _ in range(2)]
+    paths = [f"{JOBS_PATH}/{submission.routing.peek(Routing).job_id}" for submission in (ended, going)]
+    assert (await clara.post(f"{paths[0]}/cancel")).status == 202
+    await found.after(89)
+    assert [(await clara.get(path)).status for path in paths] == [200, 200]
+    assert (await clara.post(JOBS_PATH, encode(ended))).json["state"] == "cancelled"
+    assert (await found.after(91)).records == 1
+    assert [(await clara.get(path)).status for path in paths] == [404, 200]
+    async with running_house.gateway_running() as late:
+        object.__setattr__(late, "clock", found.clock)
+        again = await replace(clara, origin=running_house.origin).post(JOBS_PATH, encode(ended))
+    assert (again.status, again.json["reason"]) == (422, "invalid_parameter")
+
+
+async def test_only_the_record_that_was_looked_at_is_forgotten(running_house: House) -> None:
+    found = await keeper(running_house)
+    submission, _ = await running_house.submitted(running_house.caller("clara"))
+    job_id = submission.routing.peek(Routing).job_id
+    _, revision = await found.jobs.get(job_id)
+    await moved(found, job_id, "queued")
+    await found.jobs.forget(job_id, revision)
+    assert (await found.jobs.get(job_id))[0].state == "queued"
 
 
 async def test_sizes_are_forgotten_of_what_is_neither_there_nor_on_its_way(running_house: House) -> None:
@@ -330,7 +359,7 @@ async def test_what_cannot_be_read_is_not_taken_for_nothing(running_house: House
     await client.jetstream().publish(head, b"spoilt")
     with pytest.raises(IntegrityError):
         await found.after(1000)
-    await client.jetstream().publish(f"$KV.{subjects.JOB_BUCKET}.{'a' * 32}", b"spoilt")
+    await client.jetstream().publish(subjects.job_record("a" * 32), b"spoilt")
     with pytest.raises(IntegrityError):
         await found.after(1000)
     assert (await client.jetstream().stream_info(subjects.BLOB_STREAM)).state.messages == 2

@@ -379,7 +379,7 @@ async def test_events_are_replayed_followed_and_resumed(running_house: House) ->
 
 
 async def test_a_quiet_stream_lives_and_an_event_that_was_lost_is_made_up_for(a_house: House) -> None:
-    async with a_house.gateway_running(heartbeat_s=0.1, max_event_streams=1) as gateway:
+    async with a_house.gateway_running(heartbeat_s=0.1, reconcile_every_s=0.2, max_event_streams=1) as gateway:
         clara = a_house.caller("clara")
         submission, _ = await a_house.submitted(clara)
         watching = asyncio.create_task(clara.get(job_path(submission) + "/events"))

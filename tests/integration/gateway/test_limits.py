@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 
+import pytest
+from casemate_messaging.events import EventLog
 from casemate_schemas.api import JOBS_PATH
+from casemate_schemas.job_state import event_of
 from support.gateway import House
+from support.http import signed_request
+from support.sealed_jobs import sealed_job
 
 
 async def test_a_member_who_asks_too_often_waits_and_the_others_do_not(a_house: House) -> None:
@@ -93,3 +99,30 @@ async def test_metrics_count_requests_and_jobs_and_name_nobody(a_house: House) -
 def sample(text: str, name: str) -> float:
     (found,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found)
+
+
+@pytest.mark.parametrize("what", ["result", "events"])
+async def test_who_does_not_read_is_hung_up_on_and_gives_its_place_back(a_house: House, what: str) -> None:
+    async with a_house.gateway_running(body_idle_s=0.3) as gateway:
+        clara = a_house.caller("clara")
+        path, _, _ = await sealed_job(a_house, clara, size=1 << 20)
+        log, places = EventLog(gateway.client), gateway.downloads if what == "result" else gateway.event_streams
+        if what == "events":
+            event = event_of((await gateway.jobs.get(path.rpartition("/")[2]))[0]).model_copy(
+                update={"state": "running"}
+            )
+            await asyncio.gather(*(log.publish(event) for _ in range(1000)))
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            deaf.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)  # the kernel then keeps little for it
+            deaf.connect(("127.0.0.1", int(a_house.origin.rpartition(":")[2])))
+            signed = signed_request(
+                clara.person.signing, clara.person.delegation, "GET", f"{a_house.origin}{path}/{what}"
+            )
+            head = [f"GET {path}/{what} HTTP/1.1", "Host: x", *(f"{n}: {v}" for n, v in signed.headers.items())]
+            deaf.sendall("\r\n".join([*head, "", ""]).encode())
+            async with asyncio.timeout(20):
+                while not places.held():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                while places.held():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)

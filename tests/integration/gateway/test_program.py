@@ -82,21 +82,21 @@ async def test_an_upload_takes_bounded_memory(a_house: House, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "status", "says"),
     [
-        ({"consortium": "00" * 32}, "another consortium"),
-        ({"manifest_file": "/nonexistent"}, "cannot read"),
-        ({"nats_url": "nats://127.0.0.1:1", "nats_connect_s": 0.5}, "no NATS server answers"),
-        ({"port": 99999}, "setting port"),
+        ({"consortium": "00" * 32}, 2, "another consortium"),
+        ({"nats_url": "nats://127.0.0.1:1", "nats_connect_s": 0.5}, 1, "no NATS server answers"),
     ],
 )
-async def test_it_says_why_it_cannot_run(a_house: House, tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+async def test_it_says_why_it_cannot_run(
+    a_house: House, tmp_path: Path, changes: dict[str, Any], status: int, says: str
+) -> None:
     settings = settings_file(tmp_path, a_house, **changes)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
     )
     _, told = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert says in told.decode()
     assert "Traceback" not in told.decode()
 
@@ -110,4 +110,4 @@ async def test_a_seed_that_others_can_read(a_house: House, tmp_path: Path) -> No
         sys.executable, "-m", "casemate_gateway", "--settings", str(settings), stderr=asyncio.subprocess.PIPE
     )
     _, told = await asyncio.wait_for(process.communicate(), 30)
-    assert (process.returncode, "chmod 600" in told.decode()) == (1, True)
+    assert (process.returncode, "chmod 600" in told.decode()) == (2, True)

@@ -1,4 +1,4 @@
-"""Every route about a job, by everyone who could ask: who is concerned, who is not, and who only seems to be somebody."""
+"""Every route about a job, by everyone who could ask, and every route there is, by those who only seem to be somebody."""
 
 from __future__ import annotations
 
@@ -6,53 +6,54 @@ from dataclasses import replace
 from typing import Final
 
 import pytest
+from casemate_gateway.description import ROUTES
+from casemate_schemas.api import TUS_VERSION, UPLOAD_MEDIA_TYPE, UPLOADS_PATH
+from casemate_schemas.envelope import PREFIX_BYTES, open_head, split_envelope
 from casemate_schemas.signatures import SigningKey
 from support.gateway import Caller, House, Reply
 from support.sealed_jobs import sealed_job
 
-ROUTES: Final = {
+ASKED: Final = {
     "status": ("GET", ""),
     "events": ("GET", "/events"),
     "release": ("GET", "/release"),
     "result": ("GET", "/result"),
+    "part": ("GET", "/result", {"Range": "bytes=-100"}),
+    "known": ("GET", "/result", {"If-None-Match": "*"}),
     "cancel": ("POST", "/cancel"),
 }
 
+TUS: Final = {"Tus-Resumable": TUS_VERSION}
+
 UNKNOWN, FORBIDDEN = (404, "not_found"), (403, "not_allowed")
+KNOWS: Final = {"status": 200, "events": 200}
+OPENS: Final = {"release": 200, "result": 200, "part": 206, "known": 304}
 
 EXPECTED: Final = {
-    "the submitter, a recipient": {"status": 200, "events": 200, "release": 200, "result": 200, "cancel": 409},
-    "a recipient elsewhere": {
-        "status": 200,
-        "events": 200,
-        "release": 200,
-        "result": 200,
-        "cancel": FORBIDDEN,
-    },
-    "the submitter's colleague": {
-        "status": 200,
-        "events": 200,
-        "release": FORBIDDEN,
-        "result": FORBIDDEN,
-        "cancel": 409,
-    },
-    "a key broker's member": {
-        "status": 200,
-        "events": 200,
-        "release": FORBIDDEN,
-        "result": FORBIDDEN,
-        "cancel": FORBIDDEN,
-    },
-    "a member not concerned": dict.fromkeys(ROUTES, UNKNOWN),
+    "the submitter, a recipient": {**KNOWS, **OPENS, "cancel": 409},
+    "a recipient elsewhere": {**KNOWS, **OPENS, "cancel": FORBIDDEN},
+    "the submitter's colleague": {**KNOWS, **dict.fromkeys(OPENS, FORBIDDEN), "cancel": 409},
+    "a key broker's member": {**KNOWS, **dict.fromkeys(OPENS, FORBIDDEN), "cancel": FORBIDDEN},
+    "a member not concerned": dict.fromkeys(ASKED, UNKNOWN),
 }
 
 
-async def asked(caller: Caller, path: str, **options: object) -> dict[str, Reply]:
+async def asked(caller: Caller, path: str) -> dict[str, Reply]:
     """What each route answers, the one that changes something last."""
     return {
-        name: await caller.request(method, path + suffix, **options)  # type: ignore[arg-type]
-        for name, (method, suffix) in ROUTES.items()
+        name: await caller.request(method, path + suffix, headers=(more or [{}])[0])
+        for name, (method, suffix, *more) in ASKED.items()
     }
+
+
+async def begun(house: House, caller: Caller) -> str:
+    """The path of an upload under way."""
+    envelope = house.envelope(caller, "dataset", bytes(5 << 20))
+    signed_head, _ = split_envelope(envelope, max_bytes=len(envelope))
+    headers = {**TUS, "Content-Type": UPLOAD_MEDIA_TYPE, "Upload-Length": str(len(envelope))}
+    reply = await caller.post(UPLOADS_PATH, envelope[: PREFIX_BYTES + len(signed_head)], headers=headers)
+    assert reply.status == 201
+    return f"{UPLOADS_PATH}/{open_head(signed_head).header.digest.hex()}"
 
 
 def told(reply: Reply) -> int | tuple[int, str]:
@@ -74,15 +75,19 @@ async def test_each_party_gets_what_is_its_own(running_house: House) -> None:
     for party, caller in parties.items():
         replies = await asked(caller, path)
         assert {name: told(reply) for name, reply in replies.items()} == EXPECTED[party], party
-        holders = {name for name, reply in replies.items() if release in reply.body or result in reply.body}
-        assert holders == ({"release", "result"} if party.endswith(("a recipient", "elsewhere")) else set()), party
+        holders = {name for name, reply in replies.items() if any(s in reply.body for s in (release, result[-100:]))}
+        opens = {"release", "result", "part"} if party.endswith(("a recipient", "elsewhere")) else set()
+        assert holders == opens, party
     assert (await clara.get(path)).json["state"] == "sealed"
 
 
 @pytest.mark.parametrize("who", ["without a member's word", "of another consortium", "by another key", "unsigned"])
 async def test_who_only_seems_to_be_somebody_gets_nothing(running_house: House, who: str) -> None:
+    """Of all that is signed: a job, its result, an upload under way, a dataset, key brokers, workers, the consortium."""
     clara = running_house.caller("clara")
     path, release, result = await sealed_job(running_house, clara, size=1000)
+    upload = await begun(running_house, clara)
+    north = await running_house.key_broker("north")
     own = {"person": "clara", "keys": clara.person.keys}
     if who == "without a member's word":
         caller = running_house.caller("clara", **own, signed_by=SigningKey.generate())
@@ -91,13 +96,22 @@ async def test_who_only_seems_to_be_somebody_gets_nothing(running_house: House, 
     else:
         stranger = running_house.caller("south")
         caller = replace(stranger, person=replace(stranger.person, delegation=clara.person.delegation))
-    if who == "unsigned":
-        replies = {}
-        for name, (method, suffix) in ROUTES.items():
-            async with running_house.session.request(method, running_house.origin + path + suffix) as response:
-                replies[name] = Reply(response.status, response.headers, await response.read())
-    else:
-        replies = await asked(caller, path)
-    assert {reply.status for reply in replies.values()} == {401}
-    assert not any(release in reply.body or result in reply.body for reply in replies.values())
+    names = {
+        "job_id": path.rpartition("/")[2],
+        "digest": upload.rpartition("/")[2],
+        "key_broker": "north",
+        "worker": "worker-1",
+    }
+    for route in (route for route in ROUTES if route.is_signed):
+        where, headers = route.path.format(**names), dict.fromkeys(route.wanted, TUS_VERSION)
+        if who == "unsigned":
+            url = running_house.origin + where
+            async with running_house.session.request(route.method, url, headers=headers) as response:
+                reply = Reply(response.status, response.headers, await response.read())
+        else:
+            reply = await caller.request(route.method, where, headers=headers)
+        assert reply.status == 401, (route.method, route.path)
+        assert release not in reply.body and result[-100:] not in reply.body
     assert (await clara.get(path)).json["state"] == "sealed"
+    assert (await clara.request("HEAD", upload, headers=TUS)).status == 200
+    assert north.asked == []

@@ -190,7 +190,8 @@ async def test_a_broken_ledger_is_not_served(road: Road) -> None:
     database.close()
     await road.process.start()
     assert await road.process.wait() == 1
-    assert [(event["event"], event["reason"]) for event in road.process.events] == [("stopped", "state_broken")]
+    (told,) = road.process.told
+    assert road.process.events == [] and told.startswith("casemate-key-broker: ") and told.endswith("[state_broken]\n")
 
 
 async def test_only_one_process_opens_a_state(road: Road) -> None:

@@ -130,12 +130,12 @@ async def test_an_unread_record_is_not_replaced(nats_stack: NatsStack, revision:
 async def test_a_broken_record_is_not_guessed_at(nats_stack: NatsStack) -> None:
     worker = await nats_stack.connect("worker-1")
     store = JobStore(worker)
-    await worker.jetstream().publish(f"$KV.jobs.{JOB}", b"\xc1 nonsense")
+    await worker.jetstream().publish(subjects.job_record(JOB), b"\xc1 nonsense")
     with pytest.raises(IntegrityError):
         await store.get(JOB)
     await store.create(a_record(OTHER))
-    stolen = await worker.jetstream().get_last_msg("KV_jobs", f"$KV.jobs.{OTHER}", direct=True)
-    await worker.jetstream().publish(f"$KV.jobs.{JOB}", stolen.data)
+    stolen = await worker.jetstream().get_last_msg(subjects.job_stream(OTHER), subjects.job_record(OTHER), direct=True)
+    await worker.jetstream().publish(subjects.job_record(JOB), stolen.data)
     with pytest.raises(IntegrityError):
         await store.get(JOB)
     gateway, left_out = JobStore(await nats_stack.gateway()), list[str]()

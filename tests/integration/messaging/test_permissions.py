@@ -51,7 +51,7 @@ async def test_a_key_broker_hears_nothing_but_its_own(nats_stack: NatsStack, sub
         "$JS.API.INFO",
         "$JS.API.STREAM.INFO.BLOBS",
         "$JS.API.DIRECT.GET.BLOBS",
-        "$KV.jobs.aa",
+        "$KV.jobs-0.aa",
         "_INBOX_gateway.x",
     ],
 )
@@ -112,7 +112,7 @@ async def test_each_role_calls_only_its_own_ops(nats_stack: NatsStack) -> None:
 @pytest.mark.parametrize(
     "subject",
     [
-        "$JS.API.STREAM.DELETE.KV_jobs",
+        "$JS.API.STREAM.DELETE.KV_jobs-0",
         "$JS.API.STREAM.CREATE.MINE",
         "$JS.API.STREAM.PURGE.BLOBS",
         "$JS.API.CONSUMER.CREATE.BLOBS",
@@ -127,7 +127,7 @@ async def test_a_worker_manages_nothing(nats_stack: NatsStack, subject: str) -> 
     assert await refused(nats_stack, worker, "worker-1", "publish", subject)
 
 
-@pytest.mark.parametrize("target", ["$JS.API.STREAM.DELETE.KV_jobs", "_INBOX_gateway.stolen", "casemate.work.cpu.aa"])
+@pytest.mark.parametrize("target", ["$JS.API.STREAM.DELETE.KV_jobs-0", "_INBOX_gateway.stolen", "casemate.work.cpu.aa"])
 async def test_a_reply_subject_does_not_carry_a_worker_past_its_permissions(nats_stack: NatsStack, target: str) -> None:
     """NATS checks no reply subjects, so JetStream could be made to send a worker's own bytes anywhere in its account."""
     gateway, worker = await nats_stack.connect("gateway"), await nats_stack.connect("worker-1")
@@ -143,7 +143,7 @@ async def test_a_reply_subject_does_not_carry_a_worker_past_its_permissions(nats
     await settle(worker)
     await settle(gateway)
     assert arrived == []
-    assert (await gateway.jetstream().stream_info("KV_jobs")).config.name == "KV_jobs"
+    assert (await gateway.jetstream().stream_info("KV_jobs-0")).config.name == "KV_jobs-0"
     assert (await gateway.jetstream().stream_info("WORK_cpu")).state.messages == 0
 
 
@@ -167,7 +167,7 @@ async def test_a_stranger_and_a_key_in_the_wrong_role_get_nowhere(nats_stack: Na
     try:
         with pytest.raises(UnavailableError):
             await asyncio.wait_for(rpc.call(impostor, "casemate.kb.north.precheck", b"", 0.2), 5)
-        await impostor.publish("$JS.API.STREAM.DELETE.KV_jobs")
+        await impostor.publish("$JS.API.STREAM.DELETE.KV_jobs-0")
         await settle(impostor)
     finally:
         await impostor.close()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
+from casemate_schemas import subjects
+from casemate_schemas.job_state import JobRecord, advance, revise
+from nats.js.api import PersistMode
 from support.nats import NatsStack
 
 JOB = "0" * 31 + "1"
@@ -50,3 +55,64 @@ async def test_what_is_handed_back_comes_again_with_its_count(nats_stack: NatsSt
         assert delivery is not None
         assert delivery.count == count
         await delivery.nak(0.01)
+
+
+def a_record(job_id: str = JOB, *, routing: bytes = b"r") -> JobRecord:
+    return JobRecord(
+        job_id=job_id,
+        state="queued",
+        routing=routing,
+        job_envelope=bytes(32),
+        submission=bytes(32),
+        approvals={},
+        created=1,
+        updated=1,
+    )
+
+
+@pytest.mark.parametrize("is_stale", [False, True])
+async def test_a_delivered_record_is_claimed_unread_and_never_against_the_newest(
+    nats_stack: NatsStack, monkeypatch: pytest.MonkeyPatch, is_stale: bool
+) -> None:
+    """What a delivery holds is a guess: the server compares revisions, so a later change is not lost."""
+    gateway, worker = await nats_stack.gateway(), await nats_stack.connect("worker-1")
+    store, claiming, reads = JobStore(gateway), JobStore(worker), list[str]()
+    await store.create(a_record())
+    await WorkQueue(gateway).publish(JOB, store.known(JOB))
+    if is_stale:
+        await JobStore(gateway).change(JOB, lambda record: revise(record, now_ms=2, step=7))
+    delivery = await WorkQueue(worker).pull(10)
+    assert delivery is not None and delivery.known == (a_record(), 1)
+    read = claiming.get
+
+    async def counted(job_id: str) -> tuple[JobRecord, int]:
+        reads.append(job_id)
+        return await read(job_id)
+
+    monkeypatch.setattr(claiming, "get", counted)
+    claimed = await claiming.change(JOB, lambda r: advance(r, "claimed", now_ms=3), known=delivery.known)
+    assert (claimed.state, claimed.step) == ("claimed", 7 if is_stale else None)
+    assert reads == [JOB] * is_stale
+    assert (await store.get(JOB))[0] == claimed
+
+
+async def test_a_large_record_is_left_to_be_read(nats_stack: NatsStack) -> None:
+    queue = WorkQueue(await nats_stack.gateway())
+    large = a_record(routing=bytes(64 << 10)).model_copy(update={"release": bytes(100 << 10)})
+    await queue.publish(JOB, (large, 1))
+    delivery = await WorkQueue(await nats_stack.connect("worker-1")).pull(10)
+    assert delivery is not None
+    assert (delivery.job_id, delivery.known) == (JOB, None)
+
+
+async def test_records_lie_in_every_bucket_and_only_the_queue_is_not_synced(nats_stack: NatsStack) -> None:
+    gateway = await nats_stack.gateway()
+    store, names = JobStore(gateway), [f"{number:032x}" for number in range(64)]
+    for name in names:
+        await store.create(a_record(name))
+    assert {subjects.job_shard(name) for name in names} == set(range(subjects.JOB_SHARDS))
+    assert sorted([record.job_id async for record, _ in store.list()]) == names
+    modes = {name: (await gateway.jetstream().stream_info(name)).config.persist_mode for name in subjects.JOB_STREAMS}
+    assert PersistMode.ASYNC not in modes.values()
+    work = await gateway.jetstream().stream_info(subjects.work_stream("cpu"))
+    assert work.config.persist_mode == PersistMode.ASYNC

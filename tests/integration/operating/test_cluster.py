@@ -24,12 +24,13 @@ from casemate_messaging.durability import check_durability, servers_with_streams
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.setup import StreamSettings, ensure_streams
+from casemate_schemas import subjects
 from casemate_schemas.errors import NotFoundError, SetupError, UnavailableError
 from casemate_schemas.job_state import JobRecord, advance
 from casemate_worker.settings import Settings as WorkerSettings
 from nats.aio.client import Client
 from support.consortium import consortium_for_tests
-from support.nats_cluster import NAMES, deploy, plan_file, running_cluster
+from support.nats_cluster import NAMES, all_current, deploy, plan_file, running_cluster
 from support.tls import Authority
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ async def test_any_one_server_may_be_killed(deployed: Path) -> None:
                 await work.one_more()
                 await work.nothing_is_lost()
                 await cluster.start(name)
-                await persistent(lambda: _all_current(gateway))
+                await all_current(gateway)
             found = [finding async for finding in examine(_given(deployed), clock_ms=lambda: time.time_ns() // 10**6)]
             assert {f.check for f in found if not f.ok} <= {"keys_file", "open files", "public address", *_RENEWED}
         finally:
@@ -143,22 +144,9 @@ def _given(deployed: Path) -> Given:
 
 
 async def _leader(client: Client) -> str:
-    info = await client.jetstream().stream_info("KV_jobs")
+    info = await client.jetstream().stream_info(subjects.JOB_STREAMS[0])
     assert info.cluster is not None and info.cluster.leader in NAMES
     return info.cluster.leader
-
-
-async def _all_current(client: Client) -> None:
-    """Raises until every stream's replicas are all there again: then the next server may be lost."""
-    js = client.jetstream()
-    for stream in ("KV_jobs", "BLOBS", "BLOB_MARKERS", "WORK_cpu"):
-        try:
-            info = await js.stream_info(stream)
-        except Exception as error:
-            raise UnavailableError(stream) from error
-        replicas = info.cluster.replicas if info.cluster else None
-        if not replicas or len(replicas) < 2 or not all(r.current and not r.offline for r in replicas):
-            raise UnavailableError(stream)
 
 
 def test_what_is_written(deployed: Path, tmp_path: Path) -> None:

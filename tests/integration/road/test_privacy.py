@@ -25,7 +25,7 @@ from casemate_schemas.result import Release
 from casemate_schemas.sealing import open_ciphertext, unseal_content_key
 from casemate_schemas.terms import Terms
 from casemate_worker.key_schedule import resume_key
-from casemate_worker.training.engine import TrainingState
+from casemate_worker.training.state import TrainingState
 from nats.aio.client import Client
 from support.road import SCIENTIST, Road, ask, ended, request
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from casemate_schemas.sections import pack_sections
 from casemate_schemas.signatures import Signed
 from casemate_worker.executor import CheckpointReady, StepDone, Trained, TrainingProcess
 from casemate_worker.isolation import SECCOMP
+from support.reports import in_pieces, whole
 from torch import nn
 
 ROWS = 60
@@ -93,13 +93,8 @@ def weights_with(model: ModelSpec, weights: bytes, value: float) -> bytes:
     return write_tensors({n: np.full_like(t.numpy(), value) for n, t in read_weights(model, weights).items()})
 
 
-async def in_pieces(data: bytes, size: int = 700) -> AsyncIterator[bytes]:
-    for start in range(0, len(data), size):
-        yield data[start : start + size]
-
-
 async def prepared(process: TrainingProcess, spec: JobSpec, weights: bytes) -> None:
-    await process.prepare(spec, weights)
+    await process.prepare(spec, in_pieces(weights))
     for owner in ("east", "north"):
         await process.feed(in_pieces(plaintext(owner)))
 
@@ -107,7 +102,8 @@ async def prepared(process: TrainingProcess, spec: JobSpec, weights: bytes) -> N
 async def trained(spec: JobSpec, weights: bytes, seed: bytes, checkpoint: bytes | None = None) -> list[object]:
     async with await TrainingProcess.start(1) as process:
         await prepared(process, spec, weights)
-        return [report async for report in process.train(seed, checkpoint)]
+        resumed = None if checkpoint is None else in_pieces(checkpoint)
+        return [await whole(report) async for report in process.train(seed, resumed)]
 
 
 async def test_it_trains_reports_every_step_and_hands_over_checkpoints() -> None:
@@ -150,7 +146,7 @@ async def test_it_is_cut_off_and_its_environment_is_empty() -> None:
     os.environ["CASEMATE_TEST_CANARY"] = "canary"
     try:
         async with await TrainingProcess.start(1) as process:
-            await process.prepare(spec, weights)
+            await process.prepare(spec, in_pieces(weights))
             assert process.isolation == SECCOMP
             proc = Path(f"/proc/{process.pid}")
             status = (proc / "status").read_text()
@@ -210,10 +206,10 @@ async def test_a_bad_model_is_named_before_any_data() -> None:
     broken = spec.model_copy(update={"model": ModelSpec.model_construct(**dict(hostile))})
     async with await TrainingProcess.start(1) as process:
         with pytest.raises((ModelError, MalformedError)):
-            await process.prepare(broken, weights)
+            await process.prepare(broken, in_pieces(weights))
     async with await TrainingProcess.start(1) as process:
         with pytest.raises((ModelError, MalformedError)):
-            await process.prepare(spec, weights[:-4])
+            await process.prepare(spec, in_pieces(weights[:-4]))
 
 
 async def test_noise_that_would_add_to_epsilon_is_refused_before_any_data() -> None:
@@ -221,7 +217,7 @@ async def test_noise_that_would_add_to_epsilon_is_refused_before_any_data() -> N
     strict = spec.plan.model_copy(update={"privacy": spec.plan.privacy.model_copy(update={"epsilon": 1e-3})})
     async with await TrainingProcess.start(1) as process:
         with pytest.raises(ParameterError, match="use mechanism='exact'"):
-            await process.prepare(spec.model_copy(update={"plan": strict}), weights)
+            await process.prepare(spec.model_copy(update={"plan": strict}), in_pieces(weights))
 
 
 async def test_a_model_that_does_not_train_is_found_out_before_any_data() -> None:
@@ -230,14 +226,14 @@ async def test_a_model_that_does_not_train_is_found_out_before_any_data() -> Non
     huge = weights_with(spec.model, weights, 3e38)
     async with await TrainingProcess.start(1) as process:
         with pytest.raises(ModelError, match="not finite"):
-            await process.prepare(spec, huge)
+            await process.prepare(spec, in_pieces(huge))
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", plaintext("south"), plaintext("east")[:-1]])
 async def test_whatever_is_wrong_with_data_is_one_and_the_same_reason(data: bytes) -> None:
     spec, weights = job()
     async with await TrainingProcess.start(1) as process:
-        await process.prepare(spec, weights)
+        await process.prepare(spec, in_pieces(weights))
         await process.feed(in_pieces(data))
         await process.feed(in_pieces(plaintext("north")))
         with pytest.raises(TrainingError) as caught:
@@ -270,11 +266,11 @@ async def test_a_model_that_breaks_on_a_chosen_value_learns_nothing_by_it() -> N
         columns["outcome"] = (columns["a"] > 0).astype(np.float64)
         columns["a"][:20] = value
         async with await TrainingProcess.start(1) as process:
-            await process.prepare(spec, weights)
+            await process.prepare(spec, in_pieces(weights))
             for owner in ("east", "north"):
                 data = {"card": encode(card(owner)), "columns": write_columns(columns, card(owner))}
                 await process.feed(in_pieces(pack_sections(data)))
-            reports = [report async for report in process.train(SEED, None)]
+            reports = [await whole(report) async for report in process.train(SEED, None)]
         (trained,) = [report for report in reports if isinstance(report, Trained)]
         shown = [(type(report), report.step if isinstance(report, StepDone) else None) for report in reports]
         return shown, {name: tensor.numpy() for name, tensor in read_weights(model, trained.weights).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +16,7 @@ from casemate_schemas.pipeline import PipelineSpec
 from casemate_schemas.sections import pack_sections
 from casemate_schemas.signatures import Signed
 from casemate_worker.executor import CheckpointReady, StepDone, Trained, TrainingProcess
+from support.reports import in_pieces, whole
 from torch import nn
 
 SEED = bytes(range(32))
@@ -82,17 +82,13 @@ def job() -> tuple[JobSpec, bytes]:
     return JobSpec(job_id="0" * 32, salt=bytes(32), model=model, plan=plan), weights
 
 
-async def in_one(data: bytes) -> AsyncIterator[bytes]:
-    yield data
-
-
 async def reports(columns: dict[str, np.ndarray]) -> list[StepDone | CheckpointReady | Trained]:
     spec, weights = job()
     data = pack_sections({"card": encode(CARD), "columns": write_columns(columns, CARD)})
     async with await TrainingProcess.start(1) as process:
-        await process.prepare(spec, weights)
-        await process.feed(in_one(data))
-        return [report async for report in process.train(SEED, None)]
+        await process.prepare(spec, in_pieces(weights))
+        await process.feed(in_pieces(data))
+        return [await whole(report) async for report in process.train(SEED, None)]
 
 
 def weights_of(trained: Trained) -> np.ndarray:

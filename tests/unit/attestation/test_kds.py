@@ -306,9 +306,13 @@ def test_a_list_is_used_for_a_week_after_it_was_fetched_and_not_a_second_longer(
 def test_a_list_past_its_own_date_is_not_used(milan: Bench, tmp_path: Path, time: Time) -> None:
     kds = of(milan)
     kds.crls["Milan"] = milan.authority.issue_crl(expires_in=timedelta(days=1))
+    until = x509.load_der_x509_crl(kds.crls["Milan"]).next_update_utc
+    assert until is not None
     client = time.client(kds, tmp_path)
     client.refresh_crl("Milan", "vcek")
-    time.now_s += DAY_S
+    time.now_s = until.timestamp() - 1
+    assert client.cached_crl("Milan", "vcek") == kds.crls["Milan"]
+    time.now_s += 1
     with pytest.raises(UnavailableError, match="expected a current list"):
         client.cached_crl("Milan", "vcek")
 

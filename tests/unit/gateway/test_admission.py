@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from casemate_gateway.admission import Admission, Left
 JOB = "0" * 32
 
 
-def admission(retry_s: float = 0.0, max_wait_s: float = 300.0) -> Admission:
+def admission(retry_s: float = 0.0, max_wait_s: float = 300.0, lost_after_s: float = 60.0) -> Admission:
     """One whose stores are never asked."""
     none = cast("Any", None)
     stores = (
@@ -27,7 +28,12 @@ def admission(retry_s: float = 0.0, max_wait_s: float = 300.0) -> Admission:
         "clock",
     )
     return Admission(
-        none, **dict.fromkeys(stores, none), key_broker_timeout_s=1.0, retry_s=retry_s, max_wait_s=max_wait_s
+        none,
+        **dict.fromkeys(stores, none),
+        key_broker_timeout_s=1.0,
+        retry_s=retry_s,
+        max_wait_s=max_wait_s,
+        lost_after_s=lost_after_s,
     )
 
 
@@ -88,3 +94,31 @@ async def test_a_wake_ends_the_wait_also_if_it_came_before(monkeypatch: pytest.M
     assert await waiting
     assert not await under_test._slept(JOB, 0.0), "a wake counts once"
     await under_test.close()
+
+
+@pytest.mark.parametrize(("looks", "ends"), [((0, 60), True), ((0, 59), False), ((0, 30, None, 60), False)])
+async def test_what_stays_unreadable_for_long_enough_ends_its_job(
+    monkeypatch: pytest.MonkeyPatch, looks: tuple[int | None, ...], ends: bool
+) -> None:
+    """Seconds at which it was looked for in vain; None where it was there, and a key broker away."""
+    under_test, moved, left = admission(), list[tuple[object, ...]](), iter([*looks, "end"])
+    now = asyncio.get_running_loop().time()
+
+    async def asked(_: str) -> Left:
+        nonlocal now
+        look = next(left)
+        if look == "end":
+            return "nothing"
+        now += look or 0
+        return "answers" if look is None else "submission"
+
+    async def move(job_id: str, state: str, *, reason: str) -> None:
+        moved.append((job_id, state, reason))
+
+    monkeypatch.setattr(under_test, "_round", asked)
+    monkeypatch.setattr(under_test, "_transitions", SimpleNamespace(move=move))
+    monkeypatch.setattr(
+        "casemate_gateway.admission.asyncio.get_running_loop", lambda: SimpleNamespace(time=lambda: now)
+    )
+    await under_test._admit(JOB)
+    assert moved == ([(JOB, "failed", "not_found")] if ends else [])

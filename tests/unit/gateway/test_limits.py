@@ -52,7 +52,7 @@ def test_what_fails_costs_nothing() -> None:
         spend(buckets, "north")
 
 
-def simulated(pollers: int, least_s: int, per_s: float, seconds: int) -> list[int]:
+def simulated(pollers: int, least_s: int, per_s: float, seconds: int, late_s: float = 0.0) -> list[int]:
     """How many of ``pollers``, who do as they are told, come in each second."""
     clock = Clock()
     pace = Pace(least_s, per_s, clock)
@@ -60,6 +60,7 @@ def simulated(pollers: int, least_s: int, per_s: float, seconds: int) -> list[in
     for second in range(seconds):
         for tick in range(20):
             clock.now = 100.0 + second + tick / 20
+            pace.late(late_s)
             for i, at in enumerate(comes):
                 if at <= clock.now:
                     came[second] += 1
@@ -70,6 +71,11 @@ def simulated(pollers: int, least_s: int, per_s: float, seconds: int) -> list[in
 def test_many_pollers_are_told_to_come_less_often() -> None:
     came = simulated(pollers=1000, least_s=2, per_s=50.0, seconds=200)
     assert sum(came[100:]) / 100 == pytest.approx(50, rel=0.35)
+
+
+def test_a_gateway_that_is_late_wants_a_tenth_of_them() -> None:
+    came = simulated(pollers=200, least_s=2, per_s=50.0, seconds=200, late_s=0.2)
+    assert sum(came[100:]) / 100 == pytest.approx(5, rel=0.5)
 
 
 def test_few_pollers_are_told_what_the_operator_chose() -> None:
@@ -93,17 +99,43 @@ class Connection(asyncio.Protocol):
 
 class Transport(asyncio.Transport):
     closed = False
+    high: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_aborted = asyncio.Event()
 
     def close(self) -> None:
         self.closed = True
 
+    def abort(self) -> None:
+        self.was_aborted.set()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.high = high
+
 
 def test_the_door_is_shut_when_the_house_is_full() -> None:
     inside = 1
-    door = Doorkeeper(Connection, lambda: inside, 2)
-    assert isinstance(door(), Connection)
+    door = Doorkeeper(Connection, lambda: inside, 2, 60)
+    let_in, transport = door(), Transport()
+    let_in.connection_made(transport)
+    assert not transport.closed
     inside = 2
     refused, transport = door(), Transport()
     refused.connection_made(transport)
-    assert not isinstance(refused, Connection)
     assert transport.closed
+
+
+async def test_who_does_not_take_what_was_written_is_hung_up_on() -> None:
+    """Not who takes it in time, and not who is gone."""
+    door = Doorkeeper(Connection, lambda: 0, 2, 0.01)
+    protocols, transports = [door() for _ in range(3)], [Transport() for _ in range(3)]
+    for protocol, transport in zip(protocols, transports, strict=True):
+        protocol.connection_made(transport)
+        assert transport.high == 0
+        protocol.pause_writing()
+    protocols[0].resume_writing()
+    protocols[1].connection_lost(None)
+    await transports[2].was_aborted.wait()
+    assert [transport.was_aborted.is_set() for transport in transports] == [False, False, True]

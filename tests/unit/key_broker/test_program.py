@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +307,39 @@ async def test_operations_are_logged_by_reason_code_alone(bench: Bench, capfd: p
     event = json.loads(line)
     assert (event["event"], event["op"], event["reason"]) == ("refused", "precheck", "malformed")
     assert "canary" not in line
+
+
+class _Deliberate:
+    """A key broker that judges for as long as the test lets it."""
+
+    def __init__(self) -> None:
+        self.may_end = threading.Event()
+        self.judged: list[bytes] = []
+
+    def precheck(self, payload: bytes) -> bytes:
+        self.may_end.wait()
+        self.judged.append(payload)
+        return payload
+
+    def nonce(self, payload: bytes) -> bytes:
+        return b"nonce " + payload
+
+    message = grant = commit = nonce
+
+
+async def test_jobs_that_take_long_to_judge_hold_up_nothing_else() -> None:
+    broker: Any = _Deliberate()
+    log = ProgramLog("key-broker")
+    handlers = Handlers(lambda: broker, _no_news, log, asyncio.Event(), max_concurrency=16).by_op
+    judging = [asyncio.create_task(handlers["precheck"](bytes([i]))) for i in range(8)]
+    try:
+        async with asyncio.timeout(20):
+            for op in ("nonce", "message", "grant", "commit"):
+                assert await handlers[op](b"x") == b"nonce x"
+            with pytest.raises(UnavailableError, match="judging other jobs"):
+                await handlers["precheck"](b"one too many")
+        assert broker.judged == [] and not any(task.done() for task in judging)
+    finally:
+        broker.may_end.set()
+    assert sorted(await asyncio.gather(*judging)) == [bytes([i]) for i in range(8)]
+    assert await handlers["precheck"](b"again") == b"again"

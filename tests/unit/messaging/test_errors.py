@@ -66,12 +66,12 @@ class _Connected:
         self.connected_server_version = type("V", (), {"major": major, "minor": minor})
 
 
-@pytest.mark.parametrize(("version", "accepted"), [((2, 11), False), ((1, 20), False), ((2, 12), True), ((3, 0), True)])
+@pytest.mark.parametrize(("version", "accepted"), [((2, 12), False), ((1, 20), False), ((2, 14), True), ((3, 0), True)])
 def test_old_servers_are_refused(version: tuple[int, int], accepted: bool) -> None:
     if accepted:
         check_server_version(_Connected(*version))
     else:
-        with pytest.raises(SetupError, match=r"2\.12 or newer"):
+        with pytest.raises(SetupError, match=r"2\.14 or newer"):
             check_server_version(_Connected(*version))
 
 

@@ -106,12 +106,12 @@ def test_inboxes_are_private() -> None:
 
 @pytest.mark.parametrize("verb", ["CREATE", "DELETE", "UPDATE", "PURGE", "INFO", "LIST", "SNAPSHOT", "RESTORE"])
 def test_workers_have_no_hold_on_streams(verb: str) -> None:
-    for stream in (subjects.BLOB_STREAM, subjects.JOB_STREAM, subjects.work_stream("cpu")):
+    for stream in (subjects.BLOB_STREAM, *subjects.JOB_STREAMS, subjects.work_stream("cpu")):
         assert not may_publish(WORKER, f"$JS.API.STREAM.{verb}.{stream}")
 
 
 def test_workers_make_no_consumers() -> None:
-    for stream in (subjects.BLOB_STREAM, subjects.JOB_STREAM, subjects.work_stream("cpu")):
+    for stream in (subjects.BLOB_STREAM, *subjects.JOB_STREAMS, subjects.work_stream("cpu")):
         assert not may_publish(WORKER, f"$JS.API.CONSUMER.CREATE.{stream}")
         assert not may_publish(WORKER, f"$JS.API.CONSUMER.CREATE.{stream}.x")
         assert not may_publish(WORKER, f"$JS.API.CONSUMER.CREATE.{stream}.x.casemate.blob.chunk.>")
@@ -123,9 +123,10 @@ def test_workers_cannot_queue_jobs_or_forget_nonces() -> None:
 
 
 def test_the_gateway_deletes_no_stream() -> None:
-    for stream in (subjects.BLOB_STREAM, subjects.JOB_STREAM, subjects.EVENT_STREAM, subjects.work_stream("cpu")):
+    for stream in (subjects.BLOB_STREAM, *subjects.JOB_STREAMS, subjects.EVENT_STREAM, subjects.work_stream("cpu")):
         assert not may_publish(GATEWAY, f"$JS.API.STREAM.DELETE.{stream}")
-    assert not may_publish(GATEWAY, f"$JS.API.STREAM.PURGE.{subjects.JOB_STREAM}")
+    for stream in subjects.JOB_STREAMS:
+        assert not may_publish(GATEWAY, f"$JS.API.STREAM.PURGE.{stream}")
 
 
 USERS = (
@@ -203,6 +204,7 @@ def test_a_key_broker_may_answer_each_request_once() -> None:
         f"$KV.{subjects.UPLOAD_BUCKET}.clara.{'a' * 64}",
         f"$KV.{subjects.LEASE_BUCKET}.housekeeping",
         f"$JS.API.STREAM.PURGE.{subjects.UPLOAD_STREAM}",
+        f"$JS.API.STREAM.MSG.DELETE.{subjects.JOB_STREAMS[0]}",
         f"$JS.API.DIRECT.GET.{subjects.HEAD_STREAM}",
         f"$JS.API.DIRECT.GET.{subjects.BLOB_MARKER_STREAM}",
     ],

@@ -18,7 +18,7 @@ from casemate_schemas.errors import (
     UnavailableError,
 )
 from casemate_schemas.identity import Delegation
-from casemate_schemas.job import SGD, DatasetUse, JobSpec, Plan, Privacy, Rational, Training
+from casemate_schemas.job import SGD, DatasetUse, JobSpec, Plan, Privacy, Rational, SubjectUse, Training
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.model import ModelSpec, Node, Parameter
 from casemate_schemas.pipeline import PipelineSpec
@@ -228,3 +228,43 @@ def test_the_weights_commitment_hides_and_binds(clara: Clara) -> None:
     found = {weights_commitment(spec, weights), weights_commitment(salted, weights), weights_commitment(spec, b"")}
     assert len(found) == 3
     assert weights_commitment(spec, memoryview(weights)) == weights_commitment(spec, weights)
+
+
+@pytest.mark.parametrize(
+    ("rows", "subjects", "padded", "inputs", "told"),
+    [
+        (1 << 20, None, 64, (2045,), None),
+        (1 << 20, None, 64, (2046,), "at the declared bounds"),
+        (1 << 30, None, None, (2047,), None),
+        (1 << 19, SubjectUse(max_records=16, bound=100), None, (4090,), None),
+        (1 << 20, SubjectUse(max_records=16, bound=100), None, (4090,), "at the declared bounds"),
+        (100, None, 1 << 15, (32768,), "a step of 32768 units"),
+        (100, SubjectUse(max_records=16, bound=100), 1 << 12, (16384,), "a step of 4096 units"),
+        (100, SubjectUse(max_records=16, bound=100), 1 << 12, (16382,), None),
+    ],
+)
+def test_what_a_worker_cannot_hold_is_no_job_for_the_sdk_nor_for_it(
+    clara: Clara, rows: int, subjects: SubjectUse | None, padded: int | None, inputs: tuple[int, ...], told: str | None
+) -> None:
+    plan = a_plan((clara.delegation,), a_use(row_bound=rows, subjects=None))
+    plan = plan.model_copy(
+        update={
+            "datasets": (plan.datasets[0].model_copy(update={"subjects": subjects}),),
+            "training": plan.training.model_copy(update={"padded_batch": padded}),
+            "privacy": plan.privacy.model_copy(update={"unit": "subject" if subjects else "record"}),
+        }
+    )
+    nodes = tuple(
+        Node(name=name, kind=kind, operation=kind, options={}, inputs=())
+        for name, kind in (("x", "input"), ("y", "module"), ("z", "output"))
+    )
+    model = ModelSpec(input_shape=inputs, nodes=nodes, parameters=(Parameter(name="y.weight", shape=(1,)),))
+    fields = {"job_id": "0" * 32, "salt": bytes(32), "model": model, "plan": plan}
+    sent = encode(JobSpec.model_construct(**fields))
+    if told is None:
+        assert JobSpec(**fields) == decode(JobSpec, sent)
+        return
+    with pytest.raises(ValidationError, match=told):
+        JobSpec(**fields)
+    with pytest.raises(MalformedError):
+        decode(JobSpec, sent)

@@ -133,7 +133,6 @@ async def gateway(w: World, brokers: KeyBrokers, monkeypatch: pytest.MonkeyPatch
     async def no_pause(self: object, _: float) -> None:
         return None
 
-    monkeypatch.setattr("casemate._http.Gateway.pause", no_pause)
     monkeypatch.setattr("casemate._http.Gateway.wait", no_pause)
     async with serving(FakeGateway(w, brokers.answer)) as running:
         yield running

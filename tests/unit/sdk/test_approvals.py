@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from casemate import sync
 from casemate.cli import cli, run
+from casemate.cli.approvals import _facts
 from casemate.client import connect
 from casemate.identity import Identity, new_person, save_keys
 from casemate.progress import Progress
@@ -20,7 +21,16 @@ from casemate_schemas.approval import Approval
 from casemate_schemas.codec import digest_of
 from casemate_schemas.errors import AuthorisationError, CasemateError, NotFoundError, ParameterError, UnavailableError
 from casemate_schemas.identity import Role
-from casemate_schemas.job import Audit, Plan
+from casemate_schemas.job import (
+    Audit,
+    Averaging,
+    Metrics,
+    NoisePhase,
+    Plan,
+    Privacy,
+    SubjectUse,
+    Training,
+)
 from casemate_schemas.licence import Approvals, Licence, MemberIs, Permission, RoleIs
 from casemate_schemas.requests import (
     ApprovalGiven,
@@ -43,6 +53,8 @@ from support.results import JOB_ID, World
 from .conftest import licence_of
 
 HOUR_MS = 3_600_000
+ALONE = "ε 0.05 if they were all"
+"""A Gaussian release of noise 30 at δ 1e-3: the root of Balle and Wang's (2018) equation 6 is 0.05002."""
 
 
 def asking(owner: str, by: str = "north", valid_s: int = 3600) -> Licence:
@@ -64,12 +76,16 @@ class Waiting:
     more: tuple[PendingApproval, ...] = ()
     given: list[Approval] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    subjects: SubjectUse | None = None
 
     @property
     def terms(self) -> Signed:
         def edit(terms: Terms) -> Terms:
             uses = tuple(
-                use.model_copy(update={"licence": digest_of(self.licence)}) if use.owner == "north" else use
+                use.model_copy(
+                    update={"subjects": self.subjects}
+                    | ({"licence": digest_of(self.licence)} if use.owner == "north" else {})
+                )
                 for use in terms.plan.datasets
             )
             fields = {**dict(terms.plan), "datasets": uses} | self.plan
@@ -126,7 +142,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     async def no_pause(self: object, _: float) -> None:
         return None
 
-    monkeypatch.setattr("casemate._http.Gateway.pause", no_pause)
+    monkeypatch.setattr("casemate._http.Gateway.wait", no_pause)
 
 
 @pytest.fixture
@@ -210,6 +226,94 @@ async def test_who_approves_an_audit_is_told_that_it_is_one(
         (request,) = await consortium.approval(JOB_ID)
     assert "clara@lab asks to audit training, with 300 canaries, for research" in str(request)
     assert "released: audit, to clara@lab" in str(request)
+
+
+PLANS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "two phases, metrics, padding, an average": (
+        {
+            "release": ("weights", "metrics"),
+            "metrics": Metrics(noise_multiplier=30.0, loss_bound=4.0),
+            "training": {
+                "noise_multiplier": 4.0,
+                "steps": 40,
+                "noise_schedule": (NoisePhase(first_step=30, factor=0.5),),
+                "mechanism": "exact",
+                "padded_batch": 64,
+                "averaging": Averaging(decay=0.95),
+                "clipping_norm": 0.5,
+            },
+        },
+        [
+            "protects one record, for ε 3 at δ 0.001 or less, whether it is there or not",
+            "40 steps, each clipped to norm 0.5; "
+            "exact noise of 4 in steps 1 to 30, then 2 in steps 31 to 40 times that norm",
+            "every step is padded to 64 records: how long it takes does not tell how many were drawn",
+            "the weights released are an average over the steps (decay 0.95), noised as each step is",
+            "the metrics released are accuracy and mean loss on all training records, losses counted up to 4; "
+            "noise of 30 times what one record can change",
+            "the model itself stays sealed",
+            "released: weights, metrics, to clara@lab",
+        ],
+    ),
+    "subjects": (
+        {
+            "privacy": Privacy(epsilon=1.5, delta=1e-4, unit="subject"),
+            "training": {"noise_multiplier": 4.0, "steps": 7},
+        },
+        [
+            "protects all records of one subject, for ε 1.5 at δ 0.0001 or less, whether it is there or not",
+            "7 steps, each clipped to norm 1; hardened noise of 4 times that norm",
+            "the model itself stays sealed",
+            "released: weights, to clara@lab",
+        ],
+    ),
+    "an audit": (
+        {
+            "kind": "privacy_audit",
+            "release": ("audit",),
+            "audit": Audit(canaries=300, confidence=0.995),
+            "training": {"noise_multiplier": 4.0, "steps": 7},
+        },
+        [
+            "protects one record, for ε 3 at δ 0.001 or less, whether it is there or not",
+            "7 steps, each clipped to norm 1; hardened noise of 4 times that norm",
+            "released is what 300 canaries prove about ε, with 99.50% confidence, and no weights",
+            "the model itself stays sealed",
+            "released: audit, to clara@lab",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+async def test_who_approves_reads_all_that_changes_the_cost_or_what_leaves(
+    waiting: Waiting, person: Callable[..., dict[str, Any]], name: str
+) -> None:
+    changes, told = PLANS[name]
+    plan = waiting.terms.peek(Terms).plan
+    training = Training.model_validate({**dict(plan.training), "clipping_norm": 1.0} | changes["training"])
+    waiting.plan = {"privacy": Privacy(epsilon=3.0, delta=1e-3), **changes, "training": training}
+    if name == "subjects":
+        waiting.subjects = SubjectUse(max_records=3, bound=80)
+    async with (
+        serving(FakeGateway(waiting.w, waiting.answer)) as gateway,
+        connect(gateway.url, **person("north")) as consortium,
+    ):
+        (request,) = await consortium.approval(JOB_ID)
+    lines = [line.strip() for line in str(request).splitlines()]
+    assert lines[3 : 3 + len(told)] == told
+    drawn = {
+        "subjects": ["every step draws each subject with probability 0.25, with at most 3 records each"],
+        "an audit": ["every step draws each record with probability 0.25"],
+    }.get(name, ["every step draws each record with probability 0.25", f"metrics look at all records once: {ALONE}"])
+    spent = lines.index("ε 1.25 of 10 were spent before it")
+    assert lines[spent + 1 : spent + 1 + len(drawn)] == drawn
+    facts = _facts(request)["plan"]
+    assert facts["noise"] == [{"steps": steps, "noise_multiplier": sigma} for steps, sigma in training.noise_phases]
+    assert (facts["padded_batch"], facts["privacy"]["unit"]) == (
+        training.padded_batch,
+        "subject" if name == "subjects" else "record",
+    )
 
 
 async def test_an_approval_ends_with_the_delegation(waiting: Waiting, person: Callable[..., dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from casemate.cli import run
 from casemate.identity import save_keys
 from casemate.results import load, open_result
 from casemate.verification import verify_result
-from casemate_privacy.auditing import audit_report, guess
+from casemate_privacy.accounting import epsilon
+from casemate_privacy.auditing import _factors, audit_report, guess, scaled
+from casemate_privacy.statement import job_event
 from casemate_schemas.audit import AuditCounts
 from casemate_schemas.errors import ParameterError, ReleaseError
 from casemate_schemas.job import Audit, Plan
@@ -99,12 +102,32 @@ def test_a_report_that_does_not_follow_from_its_counts_and_the_terms_is_refused(
         verify_result(w.result(edits(w, counts(1.0), manifest, **other)), w.clara, w.expected())
 
 
+def test_a_machine_that_rounds_otherwise_may_find_the_next_step_of_the_grid_and_no_other(w: World) -> None:
+    plan, found = audited(w.plan()), counts(0.75)
+    event = job_event(plan, plan.datasets[0])
+    report, grid = audit_report(plan, found), _factors(event)
+    assert report.profile_epsilon > 0
+    values = [epsilon(scaled(event, factor), plan.privacy.delta) for factor in grid]
+    at = values.index(report.profile_epsilon)
+    assert 1 < grid[at + 1] / grid[at] <= 1.01
+    for step in (-2, -1, 0, 1, 2):
+        result = w.result(edits(w, found, changed(profile_epsilon=values[at + step])))
+        if abs(step) <= 1:
+            verify_result(result, w.clara, w.expected())
+        else:
+            with pytest.raises(ReleaseError, match="the audit's profile_epsilon"):
+                verify_result(result, w.clara, w.expected())
+    between = math.sqrt(values[at] * values[at + 1])
+    with pytest.raises(ReleaseError, match="the audit's profile_epsilon"):
+        verify_result(w.result(edits(w, found, changed(profile_epsilon=between))), w.clara, w.expected())
+
+
 def test_how_gradients_were_clipped_is_part_of_a_results_provenance(w: World) -> None:
     strategies = {"0.weight": "ghost", "0.bias": "per_sample", "2.weight": "ghost"}
     edit = Edits(manifest=lambda message: message.model_copy(update={"clipping": strategies}))
     result = open_result(w.result(edit), w.clara, w.expected())
     assert result.provenance()["clipping"] == strategies
-    assert "hardened noise, clipped by ghost (2), per_sample (1)" in str(result)
+    assert ", clipped by ghost (2), per_sample (1)" in str(result)
 
 
 async def test_an_audit_is_the_training_with_canaries(gateway: FakeGateway, options: dict[str, Any], w: World) -> None:

@@ -27,7 +27,6 @@ def _line(number: int, after: float | None, **changed: Any) -> LedgerLine:
         "sample_rate": Rational.of(Fraction(1, 8)),
         "noise_multiplier": 2.5,
         "steps": 40,
-        "unit_records": 1,
         "limit_epsilon": 4.0,
         "delta": 1e-5,
         "epsilon": 0.5,

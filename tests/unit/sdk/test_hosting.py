@@ -110,7 +110,7 @@ async def hosted_gateway(w: World, north: HostedNorth, monkeypatch: pytest.Monke
     async def no_pause(self: object, _: float) -> None:
         return None
 
-    monkeypatch.setattr("casemate._http.Gateway.pause", no_pause)
+    monkeypatch.setattr("casemate._http.Gateway.wait", no_pause)
     gateway = FakeGateway(w, north.answer, chain=encode(north.chain), evidence=north.evidence)
     async with serving(gateway):
         yield gateway

@@ -6,7 +6,9 @@ import asyncio
 import base64
 import inspect
 import io
+import math
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import casemate as cm
@@ -125,6 +127,40 @@ async def test_owners_learn_which_model_it_is_only_where_a_licence_asks(
         await consortium.train(**request_of())
     told, spec, _ = opened_job(gateway, w)
     assert (untold.plan.model, told.plan.model) == (None, digest_of(spec.model))
+
+
+async def test_priority_and_the_earliest_start_are_in_the_routing_and_part_of_the_job(
+    gateway: FakeGateway, options: dict[str, Any], w: World
+) -> None:
+    begins = datetime.now(timezone(timedelta(hours=1))) + timedelta(hours=2)
+    request = request_of(job_id="ab" * 16, priority="high", not_before=begins)
+    async with cm.connect(gateway.url, **options) as consortium:
+        await consortium.train(**request)
+        await consortium.train(**request)
+        for change in ({"priority": "low"}, {"not_before": None}, {"not_before": begins + timedelta(seconds=1)}):
+            with pytest.raises(ConflictError):
+                await consortium.train(**{**request, **change})
+    routings = [submission.routing.peek(Routing) for submission in gateway.submissions]
+    assert len(routings) == 2 and routings[0] == routings[1]
+    assert (routings[0].priority, routings[0].not_before) == ("high", math.ceil(begins.timestamp() * 1000))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"not_before": datetime(2100, 1, 1)}, "time zone"),
+        ({"not_before": 4_102_444_800_000}, "time zone"),
+        ({"not_before": datetime.now(UTC) + timedelta(hours=25)}, "give a longer deadline_s"),
+        ({"priority": "urgent"}, "low, normal, high"),
+    ],
+)
+async def test_a_start_or_priority_that_cannot_be_is_refused_here(
+    gateway: FakeGateway, options: dict[str, Any], change: dict[str, Any], told: str
+) -> None:
+    async with cm.connect(gateway.url, **options) as consortium:
+        with pytest.raises(ParameterError, match=told):
+            await consortium.train(**request_of(**change))
+    assert gateway.submissions == []
 
 
 async def test_planned_rates_and_noise_give_an_epsilon_just_within_the_target(

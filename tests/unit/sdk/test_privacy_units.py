@@ -18,6 +18,7 @@ from casemate_schemas.job import Metrics, Plan, SubjectUse
 from scipy.stats import binom
 from support.fake_gateway import FakeGateway
 from support.results import World
+from torch import nn
 
 from .conftest import KeyBrokers, card_of, licence_of
 from .test_jobs import opened_job, request_of
@@ -110,6 +111,19 @@ async def test_padding_changes_neither_rates_nor_noise(gateway: FakeGateway, opt
     assert auto.training.padded_batch == padded_size(float(auto.expected_batch), 400)
     assert auto.datasets == without.datasets
     assert auto.training.noise_multiplier == without.training.noise_multiplier
+
+
+async def test_what_a_worker_could_not_hold_is_refused_before_anything_is_sent(
+    gateway: FakeGateway, brokers: KeyBrokers, options: dict[str, Any], w: World
+) -> None:
+    wide = (*card_of("north").columns[2:], Column(name="scan", dtype="float32", shape=(1100, 1000), lower=0, upper=1))
+    card = card_of("north", columns=wide, row_bound=2000)
+    brokers.offers["north"] = brokers.offer(card, licence_of("north"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1_100_000, 1))
+    asked = {"datasets": ["cardio@north"], "model": model, "features": ["scan"], "mechanism": "exact"}
+    with pytest.raises(ParameterError, match="subjects or padded batches take"):
+        await planned(gateway, options, w, **asked, padded_batch=500)
+    assert gateway.submissions == [] and gateway.envelopes == {}
 
 
 @pytest.mark.parametrize(("units", "rate"), [(400, 0.25), (30_000, 0.01), (50, 0.5), (1_000_000, 0.0005), (10, 1.0)])

@@ -185,9 +185,9 @@ BROKEN: list[tuple[str, str, Edits]] = [
     ("step 11 (result manifest)", "says it is not simulated", Edits(manifest=update(simulation=False))),
     ("step 12 (privacy)", "understated epsilon", Edits(statement=lambda s: _owner_changed(s, epsilon=0.1))),
     ("step 12 (privacy)", "another delta", Edits(statement=lambda s: _owner_changed(s, delta=1e-9))),
-    ("step 12 (privacy)", "fewer steps", Edits(statement=lambda s: _owner_changed(s, steps=1))),
+    ("step 12 (privacy)", "fewer steps", Edits(statement=lambda s: _noise_changed(s, steps=1))),
     ("step 12 (privacy)", "another mechanism", Edits(statement=lambda s: s.model_copy(update={"mechanism": "exact"}))),
-    ("step 12 (privacy)", "more noise", Edits(statement=lambda s: _owner_changed(s, noise_multiplier=9.0))),
+    ("step 12 (privacy)", "more noise", Edits(statement=lambda s: _noise_changed(s, noise_multiplier=9.0))),
     (
         "step 12 (privacy)",
         "one owner left out",
@@ -344,6 +344,11 @@ def _flipped_seal(sealed: Any) -> Any:
 
 def _other_terms() -> Any:
     return world().terms(update(deadline=world().now + 9_000_000))
+
+
+def _noise_changed(statement: Any, **changes: Any) -> Any:
+    first, *rest = statement.noise
+    return statement.model_copy(update={"noise": (first.model_copy(update=changes), *rest)})
 
 
 def _owner_changed(statement: Any, **changes: Any) -> Any:

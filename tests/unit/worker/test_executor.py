@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from casemate_schemas.audit import AuditCounts, Guesses
-from casemate_schemas.codec import encode
+from casemate_schemas.codec import encode, pack
 from casemate_schemas.errors import LicenceError, TrainingError, UnavailableError
 from casemate_schemas.job import Audit, Metrics
 from casemate_schemas.metrics import MetricSums
-from casemate_worker.executor import Report, StepDone, Trained, TrainingProcess
-from casemate_worker.frames import Done, Failure, Progress, frame
+from casemate_worker.executor import CheckpointReady, Report, StepDone, Trained, TrainingProcess
+from casemate_worker.frames import Coming, Done, Failure, Progress, frame
+from support.reports import whole
 
 STEPS = 5
+PARAMETERS = ("weight", "bias")
 
 
 class Sink:
@@ -48,17 +51,26 @@ def failure(reason: str, message: str = "") -> bytes:
 
 
 def done(**clipping: str) -> bytes:
-    return frame(b"W", encode(Done(clipping=clipping)))
+    return ended(0, **clipping)
+
+
+def ended(weights_bytes: int, **clipping: str) -> bytes:
+    return frame(b"W", encode(Done(clipping=clipping, weights_bytes=weights_bytes)))  # type: ignore[arg-type]
+
+
+def coming(size: int) -> bytes:
+    return frame(b"C", encode(Coming(bytes=size)))
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    for _ in ():
+        yield b""
 
 
 async def fed(process: TrainingProcess, audit: Audit | None = None, metrics: Metrics | None = None) -> TrainingProcess:
     """Prepared with a plan of five steps, and fed one dataset."""
 
-    async def nothing() -> Any:
-        for _ in ():
-            yield b""
-
-    await process.prepare(spec_of(audit, metrics), b"")  # type: ignore[arg-type]
+    await process.prepare(spec_of(audit, metrics), nothing())  # type: ignore[arg-type]
     await process.feed(nothing())
     return process
 
@@ -73,12 +85,13 @@ class Spec(SimpleNamespace):
 
 
 def spec_of(audit: Audit | None = None, metrics: Metrics | None = None) -> Spec:
-    return Spec(plan=SimpleNamespace(training=SimpleNamespace(steps=STEPS), metrics=metrics, audit=audit))
+    plan = SimpleNamespace(training=SimpleNamespace(steps=STEPS), metrics=metrics, audit=audit)
+    return Spec(plan=plan, model=SimpleNamespace(parameters=[SimpleNamespace(name=name) for name in PARAMETERS]))
 
 
 async def reports_of(*frames: bytes, audit: Audit | None = None, metrics: Metrics | None = None) -> list[Report]:
     process = await fed(process_that_says(ready(), ready(), *frames), audit, metrics)
-    return [report async for report in process.train(bytes(32), None)]
+    return [await whole(report) async for report in process.train(bytes(32), None)]
 
 
 async def steps_of(*frames: bytes) -> list[int]:
@@ -116,12 +129,56 @@ async def test_after_data_every_reason_is_one(reason: str) -> None:
 
 async def test_before_data_the_reason_is_told() -> None:
     with pytest.raises(LicenceError, match="in words"):
-        await process_that_says(ready(), failure(LicenceError.reason, "in words")).prepare(spec_of(), b"")  # type: ignore[arg-type]
+        await process_that_says(ready(), failure(LicenceError.reason, "in words")).prepare(spec_of(), nothing())  # type: ignore[arg-type]
 
 
 async def test_how_it_clipped_comes_with_the_weights() -> None:
-    (*_, last) = await reports_of(*progress(5), frame(b"w", b"weights"), done(weight="ghost", bias="per_sample"))
-    assert last == Trained(b"weights", clipping={"weight": "ghost", "bias": "per_sample"})
+    end = ended(7, weight="ghost", bias="per_sample")
+    (*_, last) = await reports_of(*progress(5), end, frame(b"w", b"weig"), frame(b"w", b"hts"))
+    assert last == Trained(b"weights", 7, clipping={"weight": "ghost", "bias": "per_sample"})  # type: ignore[arg-type]
+
+
+async def test_a_checkpoint_that_nobody_takes_is_dropped() -> None:
+    process = await fed(
+        process_that_says(ready(), ready(), *progress(3), coming(5), frame(b"c", b"state"), *progress(4, 5), done())
+    )
+    taken = [type(report) async for report in process.train(bytes(32), None)]
+    assert taken == [StepDone, CheckpointReady, StepDone, StepDone, Trained]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [coming(5), frame(b"c", b"states")],
+        [coming(5), frame(b"c", b""), frame(b"c", b"state")],
+        [coming(5), frame(b"w", b"state")],
+        [coming(5), frame(b"c", b"stat"), *progress(4)],
+        [frame(b"c", b"state")],
+        [frame(b"C", b"")],
+        [frame(b"C", pack({"bytes": 1 << 60}))],
+        [*progress(4, 5), ended(3), frame(b"w", b"four")],
+        [*progress(4, 5), ended(3), frame(b"w", b"tw")],
+        [*progress(4, 5), ended(3), frame(b"c", b"one")],
+    ],
+)
+async def test_pieces_that_are_not_what_was_announced_are_the_same_failure(frames: list[bytes]) -> None:
+    with pytest.raises(TrainingError):
+        await reports_of(*progress(3), *frames)
+
+
+@pytest.mark.parametrize(
+    "clipping",
+    [
+        {"weight": "ghost", "patient 17": "ghost"},
+        {"weight": "ghosts"},
+        {"weight": ""},
+        {"": "ghost"},
+        {"weight": "ghost", **{f"w{i}": "ghost" for i in range(5000)}},
+    ],
+)
+async def test_a_child_that_lies_about_how_it_clipped_gets_nothing_out(clipping: dict[str, str]) -> None:
+    with pytest.raises(TrainingError, match="out of step"):
+        await reports_of(*progress(5), frame(b"W", pack({"clipping": clipping, "weights_bytes": 0})))
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x00", encode(Progress(step=1))])
@@ -136,7 +193,7 @@ ANSWER = frame(b"A", encode(COUNTS))
 
 async def test_an_audit_ends_with_its_counts_alone() -> None:
     (*_, last) = await reports_of(*progress(5), ANSWER, done(), audit=Audit(canaries=16))
-    assert last == Trained(b"", audit=COUNTS)
+    assert last == Trained(b"", 0, audit=COUNTS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +204,8 @@ async def test_an_audit_ends_with_its_counts_alone() -> None:
         (Audit(canaries=16), [*progress(4), ANSWER, done()]),
         (Audit(canaries=16), [*progress(5), ANSWER, ANSWER, done()]),
         (Audit(canaries=16), [*progress(5), frame(b"A", b"\x00"), done()]),
-        (Audit(canaries=16), [*progress(5), frame(b"w", b"weights"), ANSWER, done()]),
-        (Audit(canaries=16), [*progress(3), frame(b"c", b"state"), frame(b"C", b""), *progress(4, 5), ANSWER, done()]),
+        (Audit(canaries=16), [*progress(5), ANSWER, ended(7), frame(b"w", b"weights")]),
+        (Audit(canaries=16), [*progress(3), coming(5), frame(b"c", b"state"), *progress(4, 5), ANSWER, done()]),
     ],
     ids=["in training", "no counts", "too early", "twice", "not counts", "with weights", "with a checkpoint"],
 )

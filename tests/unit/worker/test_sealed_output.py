@@ -10,13 +10,14 @@ import pytest
 from casemate_messaging.envelopes import StoredHead
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.envelope import open_head
-from casemate_schemas.errors import CommitConflictError, ReleaseError, SealError, SignatureError
+from casemate_schemas.errors import CommitConflictError, ReleaseError, SealError, SignatureError, UnavailableError
 from casemate_schemas.grant import CommitReceipt, CommitRequest
 from casemate_schemas.sealing import unseal_content_key
 from casemate_schemas.signatures import Signed, SigningKey, sign
 from casemate_schemas.terms import VerifiedTerms, verify_terms
 from casemate_worker.attempt import Attempt
 from casemate_worker.sealed_output import SealedOutput, commit
+from support.reports import in_pieces
 from support.results import JOB_ID, Edits, World
 from support.results import Worker as Keeper
 
@@ -136,11 +137,26 @@ class Store:
 KEY, OTHER_KEY = b"\x07" * 32, b"\x08" * 32
 
 
+async def read(output: SealedOutput, digest: bytes) -> bytes:
+    return b"".join([piece async for piece in await output.open(digest, "checkpoint", KEY)])
+
+
+async def test_what_changes_after_it_was_looked_at_is_no_checkpoint_and_no_end(w: World, tmp_path: Path) -> None:
+    store: Any = Store()
+    output = SealedOutput(store, w.consortium.id, tmp_path)
+    digest = await output.put("checkpoint", in_pieces(bytes(3 << 20), 1 << 20), an_attempt(), KEY, created=w.now)
+    pieces = await output.open(digest, "checkpoint", KEY)
+    body = store.heads[digest].head.header.ciphertext_digest
+    store.bodies[body] = store.bodies[body][:-1] + b"x"
+    with pytest.raises(UnavailableError):
+        [piece async for piece in pieces]
+
+
 async def test_only_the_resume_key_opens_an_upload(w: World, tmp_path: Path) -> None:
     store: Any = Store()
     output = SealedOutput(store, w.consortium.id, tmp_path)
-    digest = await output.put("checkpoint", [b"state"], an_attempt(), KEY, created=w.now)
-    assert await output.open(digest, "checkpoint", KEY) == b"state"
+    digest = await output.put("checkpoint", in_pieces(b"state", 2), an_attempt(), KEY, created=w.now)
+    assert await read(output, digest) == b"state"
     head = store.heads[digest].head
     assert len(head.sealed_keys) == 1 and b"state" not in b"".join(store.bodies.values())
     for key in (OTHER_KEY, w.clara.keys.sealing, w.brokers["north"].sealing):
@@ -155,7 +171,7 @@ async def test_a_checkpoint_is_no_result_and_a_swapped_one_does_not_open(w: Worl
     store: Any = Store()
     output = SealedOutput(store, w.consortium.id, tmp_path)
     first, second = [
-        await output.put("checkpoint", [text], an_attempt(), KEY, created=w.now) for text in (b"one", b"two")
+        await output.put("checkpoint", in_pieces(text), an_attempt(), KEY, created=w.now) for text in (b"one", b"two")
     ]
     with pytest.raises(ReleaseError):
         await output.content_key(first, "result", KEY)
@@ -170,4 +186,4 @@ async def test_a_checkpoint_is_no_result_and_a_swapped_one_does_not_open(w: Worl
     foreign = SealedOutput(store, RIVAL, tmp_path)
     with pytest.raises(SealError):
         await foreign.open(second, "checkpoint", KEY)
-    assert await output.open(second, "checkpoint", KEY) == b"two"
+    assert await read(output, second) == b"two"

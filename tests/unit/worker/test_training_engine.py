@@ -16,8 +16,9 @@ from casemate_schemas.errors import DatasetError, MalformedError, ModelError, Pa
 from casemate_schemas.job import SGD, Adam, Training
 from casemate_worker.key_schedule import attempt_seed
 from casemate_worker.training.clipping import Mode
-from casemate_worker.training.engine import OwnerData, Trainer, TrainingState
+from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.noise import HardenedGaussian
+from casemate_worker.training.state import TrainingState
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor, nn
 

@@ -23,7 +23,9 @@ from casemate_worker.training.discrete_gaussian import discrete_gaussian
 from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.exact_noise import ExactGaussian
 from casemate_worker.training.keystream import Keystream
+from casemate_worker.training.noise import noise_mechanism
 from casemate_worker.training.rounding import clip_for_rounding
+from casemate_worker.training.schedules import ScheduledNoise
 from scipy.stats import chi2
 from support import training_reference as reference
 from torch import Tensor, nn
@@ -181,6 +183,22 @@ def test_noise_drawn_ahead_is_the_noise_of_its_step() -> None:
     for step in (0, 1, 2, 31, 32, 33, 7, 7, 1000, 64):
         ahead.draw_ahead(step, len(total))
         assert torch.equal(ahead.add(total, step), plain.add(total, step))
+
+
+def test_a_schedule_adds_each_phases_noise_to_its_own_steps() -> None:
+    """Each step's integers are that step's of the one keystream, on the grid that its phase's σ decides."""
+    norm, total = 0.7, torch.linspace(-3, 3, 16, dtype=torch.float64)
+    noise = ScheduledNoise(((4, 2.0), (61, 1.0), (3, 4.0)), noise_mechanism("exact", SEED, norm))
+    for step in range(68):
+        noise.draw_ahead(step, len(total))  # many steps at once, also of a phase that ends between them
+        released = noise.add(total, step)
+        grid = ExactGaussian(
+            SEED, noise_multiplier=2.0 if step < 4 else 1.0 if step < 65 else 4.0, clipping_norm=norm
+        )._grid
+        integers = reference.discrete_normals(SEED, step, len(total))
+        assert released.tolist() == [
+            float(round(x / grid) + z) * grid for x, z in zip(total.tolist(), integers, strict=True)
+        ]
 
 
 @pytest.mark.parametrize(("sigma", "norm"), [(0.0, 1.0), (1.0, 0.0), (-1.0, -1.0), (math.nan, 1.0), (1e200, 1e200)])

@@ -12,6 +12,7 @@ from casemate_messaging.logs import ProgramLog
 from casemate_schemas.errors import (
     CasemateError,
     ConflictError,
+    DeadlineError,
     IntegrityError,
     LicenceError,
     NonceError,
@@ -38,6 +39,7 @@ class Delivery:
 
     count: int = 1
     job_id: str = JOB_ID
+    known: None = None
     said: list[Any] = field(default_factory=list)
 
     async def ack(self) -> None:
@@ -56,7 +58,9 @@ class Jobs:
     async def get(self, _: str) -> tuple[JobRecord, int]:
         return self.record, 1
 
-    async def change(self, _: str, fn: Callable[[JobRecord], JobRecord]) -> JobRecord:
+    async def change(
+        self, _: str, fn: Callable[[JobRecord], JobRecord], *, known: tuple[JobRecord, int] | None = None
+    ) -> JobRecord:
         self.record = fn(self.record)
         return self.record
 
@@ -190,10 +194,15 @@ async def test_waits_double_with_each_delivery_up_to_a_bound(w: World, tmp_path:
 
 
 @pytest.mark.parametrize("state", ["queued", "claimed", "running"])
-async def test_past_its_deadline_a_job_expires(w: World, tmp_path: Path, state: JobState) -> None:
+async def test_whether_it_is_too_late_a_key_broker_says_and_not_this_clock(
+    w: World, tmp_path: Path, state: JobState
+) -> None:
     bench = Bench(w, tmp_path, a_record(state, deadline=NOW - 1))
     assert await bench.handle() == ["ack"]
-    assert (bench.attempts, bench.jobs.record.state) == (0, "expired")
+    assert (bench.attempts, bench.jobs.record.state) == (1, "claimed")
+    bench = Bench(w, tmp_path, a_record(state), DeadlineError("the deadline has passed"))
+    assert await bench.handle() == ["ack"]
+    assert (bench.attempts, bench.jobs.record.state, bench.jobs.record.reason) == (1, "expired", "deadline_passed")
 
 
 @pytest.mark.parametrize("state", ["claimed", "running", "committing"])
