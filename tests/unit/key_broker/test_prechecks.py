@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[Make, str, str]] = {
         "train",
     ),
     "over the cap of one job": (_with_training(steps=2000), "budget_exceeded", "the licence allows 2 for one job"),
-    "past its deadline": (_past_deadline, "invalid_parameter", "deadline"),
+    "past its deadline": (_past_deadline, "deadline_passed", "deadline"),
     "from the future": (_from_the_future, "invalid_parameter", "future"),
     "another manifest": (_with_terms(manifest=b"\x07" * 32), "manifest_refused", "another manifest"),
     "routing differs": (_other_recipients, "invalid_parameter", "recipients"),
@@ -235,7 +235,7 @@ def test_a_repeated_precheck_gets_the_stored_answer_whatever_happened_since(benc
     first = bench.broker("north").precheck(payload)
     bench.clock.advance(2 * DAY_MS / 1000)
     assert bench.restart("north").precheck(payload) == first
-    assert bench.precheck("north", late).reason == "invalid_parameter", "a new one is judged as of now"
+    assert bench.precheck("north", late).reason == "deadline_passed", "a new one is judged as of now"
     with bench.database("north").transaction() as tx:
         assert [entry.event for entry in audit_log.entries(tx)].count("prechecked") == 1
 
