@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from casemate_schemas.evidence import Evidence
+from casemate_schemas.result import OwnerPrivacy
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -19,6 +20,7 @@ from .scenario import Outcome
 def as_json(outcome: Outcome) -> dict[str, Any]:
     """The outcome as plain JSON values. Each owner's epsilon is what its own key broker charged."""
     result = outcome.result
+    (noise,) = result.privacy.noise
     return {
         "simulation": result.simulation,
         "accuracy": outcome.accuracy,
@@ -35,8 +37,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
                 "delta": outcome.budgets[owner].delta,
                 "sample_rate": float(stated.sample_rate.fraction),
                 "sample_rate_exact": str(stated.sample_rate.fraction),
-                "noise_multiplier": stated.noise_multiplier,
-                "steps": stated.steps,
+                "noise_multiplier": noise.noise_multiplier,
+                "steps": noise.steps,
                 "epsilon_remaining": outcome.budgets[owner].epsilon_remaining,
             }
             for owner, stated in _owners(outcome)
@@ -59,7 +61,7 @@ def show(outcome: Outcome, console: Console) -> None:
     console.print(Group(banner, _accuracy(outcome), _privacy(outcome), _verified(outcome), _time(outcome), banner))
 
 
-def _owners(outcome: Outcome) -> list[tuple[str, Any]]:
+def _owners(outcome: Outcome) -> list[tuple[str, OwnerPrivacy]]:
     by_owner = {stated.dataset.partition("@")[2]: stated for stated in outcome.result.privacy.owners}
     return [(owner, by_owner[owner]) for owner in data.HOSPITALS]
 
@@ -99,6 +101,7 @@ def _privacy(outcome: Outcome) -> Table:
     table = Table(title="Privacy charged, per hospital", title_justify="left")
     for column in ("dataset", "ε charged", "δ", "ε left", "sample rate", "noise multiplier", "steps"):
         table.add_column(column, justify="left" if column == "dataset" else "right")
+    (noise,) = outcome.result.privacy.noise
     for owner, stated in _owners(outcome):
         budget = outcome.budgets[owner]
         table.add_row(
@@ -107,8 +110,8 @@ def _privacy(outcome: Outcome) -> Table:
             f"{budget.delta:g}",
             f"{budget.epsilon_remaining:.3f}",
             f"{float(stated.sample_rate.fraction):.4f}",
-            f"{stated.noise_multiplier:.4f}",
-            str(stated.steps),
+            f"{noise.noise_multiplier:.4f}",
+            str(noise.steps),
         )
     person = outcome.result.privacy
     if person.person_epsilon is not None:
