@@ -2,8 +2,9 @@
 
 Each private figure is :class:`Trainer`'s, as a worker runs it, on one owner's records: sampling, certified clipping and
 noise from the keystream, the noise multiplier solved for by privacy loss distributions at the case's delta. Seeds choose the
-initial weights and the attempt's randomness. The non-private figure is the same model, from the same weights, trained as
-many steps by plain SGD. The majority figure is that of always answering with the training records' most frequent class.
+initial weights and the attempt's randomness; clipping is done in the way that is fastest here, which changes rounding
+alone. The non-private figure is the same model, from the same weights, trained as many steps by plain SGD. The majority
+figure is that of always answering with the training records' most frequent class.
 
 Preprocessing knows public bounds and categories only (``_datasets.py``). Parameters were chosen by hand on a part of the
 training records (as :meth:`Split.validation`), which is not charged here, as it is not in the papers compared with; test
@@ -78,8 +79,8 @@ def perceptron(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 def convolutional() -> nn.Sequential:
     """Two convolutions and a linear layer, 10,810 weights: few noised coordinates.
 
-    What each layer takes in is normalised, in groups of channels in each image, after activation and pooling; groups have no
-    weights of their own. De et al. (2022) normalise in groups, too, but before activation.
+    What each layer takes in is normalised, in groups of channels in each image (De et al. 2022), after activation and
+    pooling; the groups have no weights of their own.
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, 8, stride=2, padding=2),
@@ -250,14 +251,7 @@ def trained(case: Case, split: Split, sigma: float, seed: int) -> nn.Module:
         averaging=case.averaging,
     )
     owner = OwnerData("owner", split.features, split.targets, rate)
-    trainer = Trainer(
-        model,
-        [owner],
-        plan,
-        expected_batch=rate * len(split.features),
-        seed=seed.to_bytes(32, "big"),
-        clipping="book_keeping",
-    )
+    trainer = Trainer(model, [owner], plan, expected_batch=rate * len(split.features), seed=seed.to_bytes(32, "big"))
     trainer.run()
     model.load_state_dict(trainer.weights())
     return model

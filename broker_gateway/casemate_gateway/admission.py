@@ -179,9 +179,10 @@ class Admission:
         self._count()
         going = [(known.entry, known.deadline) for known in self._going.values() if known.entry is not None]
         for entry, deadline in going:
-            if entry.state in _EXPIRING and deadline is not None and self._clock() >= deadline:  # 2
-                await self._expire(entry.job_id)
-            elif entry.state == "awaiting_approval":  # 3
+            is_late = entry.state in _EXPIRING and deadline is not None and self._clock() >= deadline
+            if is_late and await self._expire(entry.job_id):  # 2
+                continue
+            if entry.state == "awaiting_approval":  # 3
                 self.take_up(entry.job_id)
             elif entry.state != "queued":  # 4
                 await self._queue.publish(entry.job_id)
@@ -194,7 +195,6 @@ class Admission:
         """
         if is_all := self._clock() >= self._look_at_all_at:
             self._seen_up_to, self._going, self._over = {}, {}, Counter()
-            self._look_at_all_at = self._clock() + _LOOK_AT_ALL_MS
         told_before = len(self._ended)
         async for record, _ in self._jobs.list(self._broken, self._seen_up_to):
             self._going.pop(record.job_id, None)
@@ -205,6 +205,8 @@ class Admission:
             self._over[record.state] += 1
             if not is_all or self._transitions.is_followed(record.job_id):
                 self._ended.append(record)
+        if is_all:
+            self._look_at_all_at = self._clock() + _LOOK_AT_ALL_MS
         for record in self._ended:
             if self._transitions.is_followed(record.job_id):
                 await self._transitions.tell_end(record)
@@ -318,10 +320,15 @@ class Admission:
 
     async def _ask(self, job: Job, key_broker: str, question: bytes) -> _Answer | None:
         """What one key broker says; None if it gives no answer."""
+        with self._tracing.precheck(job.record.job_id, key_broker) as told:
+            if (answer := await self._said(job, key_broker, question)) is not None:
+                told["verdict"] = answer.approval.verdict
+            return answer
+
+    async def _said(self, job: Job, key_broker: str, question: bytes) -> _Answer | None:
         subject = subjects.key_broker_op(key_broker, "precheck")
         try:
-            with self._tracing.precheck(job.record.job_id, key_broker):
-                answer = await call(self._client, subject, question, self._key_broker_timeout_s)
+            answer = await call(self._client, subject, question, self._key_broker_timeout_s)
         except CasemateError as error:
             self._log.warning("precheck_failed", job_id=job.record.job_id, key_broker=key_broker, reason=error.reason)
             is_refusal = problem_of(error).delivery == "term"
@@ -376,10 +383,14 @@ class Admission:
             await self._transitions.tell(record)
         return record
 
-    async def _expire(self, job_id: str) -> None:
-        with contextlib.suppress(StateError):
+    async def _expire(self, job_id: str) -> bool:
+        """Ends the job, unless it has ended, or its result may be committed already; whether it did."""
+        try:
             await self._transitions.move(job_id, "expired", reason=None)
-            await self._queue.remove(job_id)
+        except StateError:
+            return False
+        await self._queue.remove(job_id)
+        return True
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,12 @@ class Schedule:
         return self._later[0][0] if self._later else None
 
     def hand_out(self, job_id: str) -> None:
-        """The job is in the work queue now. Until it is seen under way it counts as its member's all the same."""
+        """The job is in the work queue now. Until it is seen under way it counts as its member's all the same.
+
+        If it went on, or ended, while its message was on its way there, nothing happens.
+        """
+        if not self._waits(job_id):
+            return
         entry = self._jobs[job_id]
         self._handed.add(job_id)
         self._busy[entry.member] += 1

@@ -398,9 +398,12 @@ class Worker:
         return record.state in TERMINAL
 
     async def _end(self, record: JobRecord, error: CasemateError) -> None:
-        """Failed once data was opened, expired if a key broker says so, else refused. Only the reason code is told."""
+        """Failed once data was opened, expired if a key broker says so, else refused. Only the reason code is told.
+
+        Past its upload no job expires: a key broker that says so then has forgotten what it granted.
+        """
         state: JobState = "failed" if isinstance(error, TrainingError | ReleaseError) else "refused"
-        if isinstance(error, DeadlineError):
+        if isinstance(error, DeadlineError) and record.upload is None:
             state = "expired"
 
         def end(current: JobRecord) -> JobRecord:

@@ -47,16 +47,18 @@ class Stored:
 async def read_last(client: Client, stream: str, subject: str, *, patience_s: float = 0.0) -> Stored:
     """The newest message of ``subject``, as any replica has it. Raises :class:`NotFoundError`, :class:`UnavailableError`.
 
-    What must have been stored is looked for again for ``patience_s`` seconds: the replica may be behind.
+    What must have been stored is looked for again for ``patience_s`` seconds, more and more rarely: the replica may be behind.
     """
     until, where = asyncio.get_running_loop().time() + patience_s, f"$JS.API.DIRECT.GET.{stream}.{subject}"
+    wait_s = _BEHIND_S
     while True:
         with translated(f"reading from {stream}"):
             reply = await repeated(lambda: client.request(where, timeout=REQUEST_TIMEOUT_S))
         status = _status(reply)
         if status != _NOT_FOUND or asyncio.get_running_loop().time() >= until:
             break
-        await asyncio.sleep(_BEHIND_S)
+        await asyncio.sleep(wait_s)
+        wait_s *= 2
     if status is not None:
         raise _refusal(status, stream)
     return _stored(reply, stream)

@@ -57,7 +57,7 @@ class JobStore:
             with translated("creating a job"):
                 revision = await repeated(lambda: self._put(record.job_id, data, 0))
         except ConflictError:
-            return *(await self.get(record.job_id)), False
+            return *(await self.get(record.job_id, patience_s=REPLICA_LAG_S)), False
         self._remember(record, revision)
         return record, revision, True
 
@@ -164,7 +164,7 @@ class JobStore:
         :class:`IntegrityError`: for those who must know all jobs or none.
 
         With ``seen_up_to``, empty the first time, only what has changed since the last time: it keeps how far each stream was
-        read.
+        read. A job that changes meanwhile may then come twice, for nothing that was read past comes again.
 
         Read from the streams, which hold one message a job: nats-py's watch can say that there is nothing when the first
         records are still on their way (its initial marker races with them).
@@ -176,7 +176,7 @@ class JobStore:
             async for stored in read_all(self._client, stream, f"$KV.{bucket}.*", batch=_LIST_BATCH, start=start):
                 last[stream] = stored.sequence
                 key = stored.subject.rpartition(".")[2]
-                if key in seen:
+                if key in seen and seen_up_to is None:
                     continue
                 seen.add(key)
                 try:

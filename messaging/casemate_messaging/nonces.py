@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Final
+
 import nats.js.errors
 from casemate_schemas import subjects
 from nats.aio.client import Client
@@ -9,16 +12,21 @@ from nats.js.api import Header
 
 from .connection import REQUEST_TIMEOUT_S, is_wrong_revision, translated
 
+_MAX_REMEMBERED: Final = 1 << 16
+"""Nonces that one gateway knows by itself, some fifteen megabytes."""
+
 
 class NonceStore:
     """The bucket ``nonces``, shared by all gateways.
 
     It remembers for ``StreamSettings.nonce_age_s``, so a request's own expiry must be shorter than that. A NATS that is
-    killed, or loses its power, may forget the last ones (``setup.py``): what a nonce guards must bear being done again.
+    killed, or loses its power, may forget the last ones (``setup.py``): the gateway that recorded one still knows it, as one
+    of its newest. What a nonce guards must bear being done again by another.
     """
 
     def __init__(self, client: Client) -> None:
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self._recorded: OrderedDict[str, None] = OrderedDict()
 
     async def first_use(self, key: str) -> bool:
         """True for the first caller with this ``key`` (a hexadecimal digest), False for all others.
@@ -27,6 +35,8 @@ class NonceStore:
         :class:`UnavailableError`: then the request must be refused.
         """
         subject = f"$KV.{subjects.NONCE_BUCKET}.{subjects.token(key)}"
+        if key in self._recorded:
+            return False
         with translated("recording a nonce"):
             try:
                 await self._js.publish(subject, headers={Header.EXPECTED_LAST_SUBJECT_SEQUENCE: "0"})
@@ -34,4 +44,7 @@ class NonceStore:
                 if not is_wrong_revision(error):
                     raise
                 return False
+        self._recorded[key] = None
+        if len(self._recorded) > _MAX_REMEMBERED:
+            self._recorded.popitem(last=False)
         return True

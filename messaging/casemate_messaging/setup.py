@@ -149,7 +149,7 @@ def _write_once(name: str, subject: str, settings: StreamSettings) -> StreamConf
 
 
 def _nonce_stream(settings: StreamSettings) -> StreamConfig:
-    """Nonces of signed requests: the one stream that does not wait for the disk, on which every request would wait too.
+    """Nonces of signed requests: they do not wait for the disk, on which every request would wait too.
 
     One server flushes them behind its answer, and has them again after a restart but for what it took in its last
     moments; a cluster, whose streams cannot do that, keeps them in the memory of all replicas.

@@ -14,7 +14,8 @@ from casemate_schemas.metrics import has_accuracy
 def describe_plan(plan: Plan) -> Iterator[str]:
     """What is protected, how noise is added, what padding hides, and what leaves; a line each."""
     privacy, training = plan.privacy, plan.training
-    yield f"protects {_unit(plan)}, for ε {privacy.epsilon:g} at δ {privacy.delta:g} or less, whether it is there or not"
+    claimed = f"ε {privacy.epsilon:g} at δ {privacy.delta:g} or less"  # nobody holds it against what key brokers charge
+    yield f"protects {_unit(plan)}, whether it is there or not; who asks claims {claimed}"
     yield f"{training.steps} steps, each clipped to norm {training.clipping_norm:g}; {training.mechanism} noise of {_noise(plan)}"
     if training.padded_batch is not None:
         units = f"{privacy.unit}s"

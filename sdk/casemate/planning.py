@@ -149,12 +149,14 @@ def _check_audit(request: TrainingRequest) -> None:
 
 
 def begins_ms(not_before: datetime) -> int:
-    """Unix ms, rounded up. Raises :class:`ParameterError` for what is no time, or a time of no zone: whose clock is meant?"""
+    """Unix ms, rounded up. Raises :class:`ParameterError` for what is no time since 1970, or of no zone: whose clock?"""
     if not isinstance(not_before, datetime) or not_before.utcoffset() is None:
         raise ParameterError(
             f"not_before: expected a datetime with its time zone, such as datetime(..., tzinfo=UTC), got {not_before!r}"
         )
-    return math.ceil(not_before.timestamp() * 1000)
+    if (begins := math.ceil(not_before.timestamp() * 1000)) < 0:
+        raise ParameterError(f"not_before: expected a time since 1970, got {not_before!r}")
+    return begins
 
 
 def is_job_id(value: object) -> bool:

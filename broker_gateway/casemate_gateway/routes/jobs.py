@@ -137,7 +137,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     job, _ = await gateway.visible_job(request.match_info["job_id"], person)
     after = _last_event_id(request)
     await gateway.transitions.tell_end(job.record)
-    if job.record.state in TERMINAL and not await _anything_after(gateway, job, after):
+    if job.record.state in TERMINAL and not await _ends_after(gateway, job, after):
         return web.Response(status=204)
     with gateway.event_streams.one():
         response = web.StreamResponse(headers={"X-Accel-Buffering": "no"})
@@ -179,10 +179,12 @@ def _frame(sequence: int, event: JobEvent) -> bytes:
     return f"id: {sequence}\nevent: job\ndata: {event.model_dump_json()}\n\n".encode()
 
 
-async def _anything_after(gateway: Gateway, job: Job, after: int) -> bool:
+async def _ends_after(gateway: Gateway, job: Job, after: int) -> bool:
+    """Whether the end is still to be told. What a worker told too late, after it, is no news."""
     stored: AsyncIterator[tuple[int, JobEvent]] = gateway.events.replay(job.record.job_id, after)
-    async for _ in stored:
-        return True
+    async for _, event in stored:
+        if event.state in TERMINAL:
+            return True
     return False
 
 

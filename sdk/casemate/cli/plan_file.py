@@ -113,10 +113,12 @@ class TrainingPlan(Checked):
 def read_plan(path: Path | None, options: Mapping[str, Any]) -> TrainingPlan:
     """What the file says, with every option that was given in its place.
 
-    Raises :class:`SetupError` for a file that cannot be read, :class:`click.UsageError` for what neither of them says, and
-    :class:`ParameterError` that names the field.
+    Raises :class:`SetupError` for a file that cannot be read, :class:`click.UsageError` for what neither of them says
+    or an option that belongs to another, and :class:`ParameterError` that names the field.
     """
     said = {} if path is None else _read(path)
+    if options.get("confidence") is not None and options.get("audit") is None and "audit" not in said:
+        raise click.UsageError("--confidence is an audit's: expected --audit, or a table [audit] in the file of --plan")
     if options.get("steps") is not None or options.get("epochs") is not None:
         said = {name: value for name, value in said.items() if name not in ("steps", "epochs")}
     for option, (*tables, name) in OPTIONS.items():

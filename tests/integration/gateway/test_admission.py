@@ -20,7 +20,7 @@ from casemate_messaging.queue import WorkQueue
 from casemate_schemas import subjects
 from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from casemate_schemas.codec import encode
-from casemate_schemas.job_state import Approval, JobRecord, advance, revise
+from casemate_schemas.job_state import Approval, JobRecord, JobState, advance, revise
 from support.gateway import House, now_ms
 
 
@@ -142,15 +142,26 @@ async def test_a_message_that_the_queue_lost_after_it_was_handed_out_is_put_back
             assert await first_message(a_house) == job_id
 
 
-@pytest.mark.parametrize(("state", "ends"), [("queued", True), ("claimed", True), ("committing", False)])
-async def test_a_passed_deadline_ends_what_nobody_may_have_committed(a_house: House, state: str, ends: bool) -> None:
+@pytest.mark.parametrize(
+    ("steps", "ends"),
+    [
+        (("queued",), True),
+        (("queued", "claimed"), True),
+        (("queued", "claimed", "running", "committing"), False),
+        (("queued", "claimed", "running", "committing", "claimed"), False),
+    ],
+)
+async def test_a_passed_deadline_ends_what_nobody_may_have_committed(
+    a_house: House, steps: tuple[JobState, ...], ends: bool
+) -> None:
+    """And of what somebody may, the message is put back if the queue has lost it."""
     async with waiting_job(a_house) as job_id:
         jobs = JobStore(await a_house.client("worker-1"))
-        for step in ("queued", "claimed", "running", "committing"):
-            record = await jobs.change(job_id, lambda found, step=step: advance(found, step, now_ms=now_ms()))
-            if step == state:
-                break
-        await WorkQueue(await a_house.client("gateway")).publish(job_id)
+        for state in steps:
+            changes = {"upload": bytes(32)} if state == "committing" else {}
+            record = await jobs.change(job_id, lambda r, s=state, c=changes: advance(r, s, now_ms=now_ms(), **c))
+        if ends:
+            await WorkQueue(await a_house.client("gateway")).publish(job_id)
         later = (record.deadline or 0) + 1
         gateway = late_gateway(a_house, await a_house.client("gateway"), later)
         await gateway.admission.reconcile()

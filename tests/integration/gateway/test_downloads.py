@@ -160,7 +160,7 @@ async def test_a_download_that_breaks_anywhere_goes_on_there(downloads: Download
 
 async def test_another_process_goes_on(downloads: Downloads, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first one got stays on the disk, its owner's alone; only the rest is asked for."""
-    monkeypatch.setattr(_transfers, "ATTEMPTS", 1)
+    monkeypatch.setattr(Client.patience, "__defaults__", (1,))
     downloads.cuts = [1_000_000]
     with pytest.raises(UnavailableError):
         await downloads.fetch()

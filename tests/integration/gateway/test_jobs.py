@@ -8,12 +8,13 @@ import json
 from typing import Any, Literal
 
 import pytest
+from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.queue import WorkQueue
 from casemate_schemas.admission import PrecheckAnswer, Routing, Submission
 from casemate_schemas.api import JOBS_PATH
 from casemate_schemas.codec import decode, encode
-from casemate_schemas.job_state import JobRecord, advance
+from casemate_schemas.job_state import JobEvent, JobRecord, advance
 from casemate_schemas.signatures import Signed, sign
 from support.gateway import Caller, House, Reply, now_ms
 
@@ -374,7 +375,9 @@ async def test_events_are_replayed_followed_and_resumed(running_house: House) ->
     assert {event["job_id"] for _, event in told} == {path.rpartition("/")[2]}
     rest = await clara.get(path + "/events", headers={"Last-Event-ID": str(told[0][0])})
     assert frames(rest.body.decode()) == told[1:]
-    end = await clara.get(path + "/events", headers={"Last-Event-ID": str(told[-1][0])})
+    late = JobEvent.model_validate({**told[1][1], "state": "claimed"})
+    await EventLog(await running_house.client("worker-1")).publish(late)  # by a worker that was cancelled
+    end = await asyncio.wait_for(clara.get(path + "/events", headers={"Last-Event-ID": str(told[-1][0])}), 20)
     assert (end.status, end.body) == (204, b"")
 
 

@@ -95,7 +95,7 @@ async def test_a_jobs_road_is_one_trace_and_says_nothing_else(a_house: House) ->
     assert sorted((item for item in road if item not in polls), key=str) == sorted(
         [
             ("request", request_span("POST", JOBS_PATH, 202)),
-            ("precheck", {"casemate.key_broker": "clara"}),
+            ("precheck", {"casemate.key_broker": "clara", "casemate.verdict": "yes"}),
             ("dispatch", {}),
         ],
         key=str,

@@ -171,7 +171,7 @@ async def test_a_client_that_dies_at_any_byte(running_house: House, monkeypatch:
     for budget in OFFSETS:
         sent = 0
         upload = Upload(running_house, clara, 9 * MIB + 5)
-        monkeypatch.setattr(_transfers, "ATTEMPTS", 1)
+        monkeypatch.setattr(Client.patience, "__defaults__", (1,))
         with pytest.raises(UnavailableError):
             await upload.by_sdk()
         assert (sent, await upload.stored()) == (budget, None)

@@ -114,4 +114,4 @@ async def test_who_only_seems_to_be_somebody_gets_nothing(running_house: House, 
         assert release not in reply.body and result[-100:] not in reply.body
     assert (await clara.get(path)).json["state"] == "sealed"
     assert (await clara.request("HEAD", upload, headers=TUS)).status == 200
-    assert north.asked == []
+    assert set(north.asked) <= {names["job_id"]}  # clara's own, if the gateway still wants to know whether it may run

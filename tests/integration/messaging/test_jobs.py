@@ -160,6 +160,18 @@ async def test_a_long_list_is_whole_although_records_move_meanwhile(nats_stack: 
     assert sorted(found) == ids
 
 
+async def test_what_changes_while_changes_are_read_is_told_all_the_same(nats_stack: NatsStack) -> None:
+    store, seen_up_to = JobStore(await nats_stack.connect("gateway")), dict[str, int]()
+    await store.create(a_record(state="queued"))
+    found: list[str] = []
+    for _ in range(2):
+        async for record, _ in store.list(seen_up_to=seen_up_to):
+            found.append(record.state)
+            if record.state == "queued":
+                await store.change(JOB, lambda r: advance(r, "claimed", now_ms=2000))
+    assert found == ["queued", "claimed"]
+
+
 async def test_list_and_watch(nats_stack: NatsStack) -> None:
     store = JobStore(await nats_stack.connect("gateway"))
     assert [found async for found in store.list()] == []
@@ -353,7 +365,7 @@ async def test_a_nonce_is_forgotten_in_time(tmp_path: Path) -> None:
         assert await store.first_use("aa")
         assert not await store.first_use("aa")
         async with asyncio.timeout(20):
-            while not await store.first_use("aa"):
+            while not await NonceStore(gateway).first_use("aa"):
                 await gateway.flush()
     finally:
         await stack.close()

@@ -84,6 +84,22 @@ def test_what_is_handed_out_is_not_handed_out_again_and_counts_until_it_ends() -
     assert schedule.get("a") is None
 
 
+def test_what_moves_on_while_it_is_put_into_the_queue_counts_once() -> None:
+    schedule = Schedule()
+    for number in range(3):
+        schedule.see(entry(f"n{number}", "north", created=number))
+        schedule.see(entry(f"s{number}", "south", created=number))
+    assert schedule.next(0) == "n0"
+    schedule.see(entry("n0", "north", "claimed"))
+    schedule.hand_out("n0")
+    assert schedule.handed_out == ()
+    schedule.see(entry("n0", "north", "sealed"))
+    assert schedule.next(0) == "n1"
+    schedule.see(entry("n1", "north", "cancelled"))
+    schedule.hand_out("n1")
+    assert taken(schedule, 4) == ["n2", "s0", "s1", "s2"]
+
+
 def test_what_is_seen_while_jobs_are_listed_is_newer_than_the_list() -> None:
     schedule = Schedule()
     schedule.see(entry("ends", "north"))

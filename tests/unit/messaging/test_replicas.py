@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import nats.js.errors
 import pytest
 from casemate_messaging import direct, jobs
 from casemate_messaging.jobs import JobStore
@@ -55,6 +56,23 @@ async def test_what_must_be_there_is_looked_for_again() -> None:
         await direct.read_last(Client(MISSING), "S", "s", patience_s=0.05)  # type: ignore[arg-type]
 
 
+async def test_what_is_never_there_is_looked_for_more_and_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever asks for what there is not has NATS asked thirty times."""
+    now = 0.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    loop = SimpleNamespace(time=lambda: now)
+    monkeypatch.setattr(direct, "_BEHIND_S", 0.1)
+    monkeypatch.setattr(direct, "asyncio", SimpleNamespace(get_running_loop=lambda: loop, sleep=sleep))
+    client: Any = Client(MISSING)
+    with pytest.raises(NotFoundError):
+        await direct.read_last(client, "S", "s", patience_s=3.0)
+    assert (client.asked, round(now, 3)) == (6, 3.1)
+
+
 async def test_what_may_not_be_there_is_looked_for_once() -> None:
     client: Any = Client(MISSING, answer(QUEUED, 3))
     with pytest.raises(NotFoundError):
@@ -68,6 +86,16 @@ async def test_a_store_reads_what_it_wrote() -> None:
     store = JobStore(client)
     await store.update(CLAIMED, 3)
     assert await store.get(CLAIMED.job_id) == (CLAIMED, 7)
+
+
+async def test_a_job_that_is_there_already_is_looked_for_again() -> None:
+    client: Any = Client(MISSING, answer(QUEUED, 3))
+
+    async def publish(*_: object, **__: object) -> None:
+        raise nats.js.errors.APIError(code=400, err_code=10071, description="wrong last sequence: 3")
+
+    client.jetstream = lambda **_: SimpleNamespace(publish=publish)
+    assert await JobStore(client).create(QUEUED) == (QUEUED, 3, False)
 
 
 async def test_a_revision_that_never_comes_was_none() -> None:

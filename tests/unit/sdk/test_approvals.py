@@ -244,7 +244,7 @@ PLANS: dict[str, tuple[dict[str, Any], list[str]]] = {
             },
         },
         [
-            "protects one record, for ε 3 at δ 0.001 or less, whether it is there or not",
+            "protects one record, whether it is there or not; who asks claims ε 3 at δ 0.001 or less",
             "40 steps, each clipped to norm 0.5; "
             "exact noise of 4 in steps 1 to 30, then 2 in steps 31 to 40 times that norm",
             "every step is padded to 64 records: how long it takes does not tell how many were drawn",
@@ -261,7 +261,7 @@ PLANS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "training": {"noise_multiplier": 4.0, "steps": 7},
         },
         [
-            "protects all records of one subject, for ε 1.5 at δ 0.0001 or less, whether it is there or not",
+            "protects all records of one subject, whether it is there or not; who asks claims ε 1.5 at δ 0.0001 or less",
             "7 steps, each clipped to norm 1; hardened noise of 4 times that norm",
             "the model itself stays sealed",
             "released: weights, to clara@lab",
@@ -275,7 +275,7 @@ PLANS: dict[str, tuple[dict[str, Any], list[str]]] = {
             "training": {"noise_multiplier": 4.0, "steps": 7},
         },
         [
-            "protects one record, for ε 3 at δ 0.001 or less, whether it is there or not",
+            "protects one record, whether it is there or not; who asks claims ε 3 at δ 0.001 or less",
             "7 steps, each clipped to norm 1; hardened noise of 4 times that norm",
             "released is what 300 canaries prove about ε, with 99.50% confidence, and no weights",
             "the model itself stays sealed",

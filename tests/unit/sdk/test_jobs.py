@@ -151,6 +151,7 @@ async def test_priority_and_the_earliest_start_are_in_the_routing_and_part_of_th
         ({"not_before": datetime(2100, 1, 1)}, "time zone"),
         ({"not_before": 4_102_444_800_000}, "time zone"),
         ({"not_before": datetime.now(UTC) + timedelta(hours=25)}, "give a longer deadline_s"),
+        ({"not_before": datetime(1960, 1, 1, tzinfo=UTC)}, "since 1970"),
         ({"priority": "urgent"}, "low, normal, high"),
     ],
 )

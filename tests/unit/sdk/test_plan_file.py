@@ -140,6 +140,16 @@ def test_without_a_file_what_is_missing_is_named() -> None:
     assert read_plan(None, options | {"lr": 0.1}).optimizer == cm.SGD(lr=0.1)
 
 
+def test_a_confidence_alone_makes_no_audit_of_a_training(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"confidence": 0.9, "datasets": ("a@b",), "target": "y"}
+    options |= {"epsilon": 1.0, "delta": 1e-3, "batch_size": 8, "lr": 0.1}
+    with pytest.raises(UsageError, match=r"--audit, or a table \[audit\]"):
+        read_plan(None, options)
+    assert read_plan(None, options | {"audit": 50}).audit == cm.Audit(canaries=50, confidence=0.9)
+    file = written(tmp_path, "[audit]\ncanaries = 60\n")
+    assert read_plan(file, options).audit == cm.Audit(canaries=60, confidence=0.9)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -215,6 +215,15 @@ async def test_a_result_that_may_be_committed_is_published_past_the_deadline(
     assert (bench.attempts, bench.jobs.record.state) == (1, "claimed")
 
 
+async def test_a_result_that_may_be_committed_does_not_expire_whatever_a_key_broker_says(
+    w: World, tmp_path: Path
+) -> None:
+    """Nor does its message come back for ever."""
+    bench = Bench(w, tmp_path, a_record("committing", upload=bytes(32)), DeadlineError("the deadline has passed"))
+    assert await bench.handle() == ["ack"]
+    assert (bench.attempts, bench.jobs.record.state, bench.jobs.record.reason) == (1, "refused", "deadline_passed")
+
+
 @pytest.mark.parametrize("upload", [None, bytes(32)])
 async def test_after_the_last_attempt_a_job_fails_rather_than_hang(
     w: World, tmp_path: Path, upload: bytes | None
