@@ -184,36 +184,31 @@ class ConvUse:
         return rows
 
     def form(self, strategy: Strategy) -> RowsUse:
-        """See :meth:`Use.form`. ``patches`` by rows where no row is skipped."""
-        in_plane = len(self.stride) == 2 and self.stride[0] == 1 and self.weight_shape[2] > 1
-        return (
-            self._by_rows()
-            if strategy == "patches" and in_plane and self.groups == 1
-            else RowsUse(self.instantiate(strategy))
-        )
+        """See :meth:`Use.form`."""
+        if strategy == "patches" and self.groups == 1 and len(self.stride) == 2:
+            return self._by_rows()
+        return RowsUse(self.instantiate(strategy))
 
     def _by_rows(self) -> RowsUse:
-        """``patches`` with less to copy: they are unfolded along columns alone.
+        """``patches`` in less time: unfolded along columns first, so that what meets a row of the kernel is copied in one go.
 
-        What meets one row of the kernel is then a piece of memory without gaps. The order: rows of the kernel, features
-        out, features in, columns of the kernel.
+        The order: rows of the kernel, features in, columns of the kernel, features out.
         """
         d, c, height, width = self.weight_shape
-        n, (_, _, out_height, out_width) = self.activation.shape[0], self.gradient.shape
-        found = self.activation.new_empty(n, height, d, c * width)
-        step, span = self.dilation[1], self.dilation[1] * (width - 1) + 1
-        padded_height = self.activation.shape[2] + 2 * self.padding[0]
-        size = max(1, _CHUNK_ELEMENTS // (c * width * padded_height * out_width))
+        n, (_, _, rows, columns) = self.activation.shape[0], self.gradient.shape
+        found = self.activation.new_empty(n, height * c * width, d)
         sides = [side for padding in reversed(self.padding) for side in (padding, padding)]
+        span, last = self.dilation[1] * (width - 1) + 1, (rows - 1) * self.stride[0] + 1
+        size = max(1, 4 * _CHUNK_ELEMENTS // (height * c * width * rows * columns))
         for records in (slice(start, min(start + size, n)) for start in range(0, n, size)):
-            x = F.pad(self.activation[records], sides).unfold(3, span, self.stride[1])[..., ::step]
-            patches = x.permute(0, 1, 4, 2, 3).reshape(x.shape[0], c * width, -1)
-            gradient = self.gradient[records].flatten(2)
-            for row in range(height):
-                start = row * self.dilation[0] * out_width
-                met = patches[:, :, start : start + out_height * out_width]
-                torch.bmm(gradient, met.mT, out=found[records, row])
-        return RowsUse(found.view(n, -1), Order(torch.Size((height, d, c, width)), (1, 2, 0, 3)))
+            x = F.pad(self.activation[records], sides).unfold(3, span, self.stride[1])[..., :: self.dilation[1]]
+            x = x.permute(0, 1, 4, 2, 3).contiguous()
+            patches = x.new_empty(x.shape[0], height, c, width, rows, columns)
+            for row, start in enumerate(range(0, height * self.dilation[0], self.dilation[0])):
+                patches[:, row] = x[..., start : start + last : self.stride[0], :]
+            patches = patches.view(x.shape[0], height * c * width, rows * columns)
+            torch.bmm(patches, self.gradient[records].flatten(2).mT, out=found[records])
+        return RowsUse(found.view(n, -1), Order(torch.Size((height, c, width, d)), (3, 1, 0, 2)))
 
     def elements(self) -> int:
         """See :meth:`Use.elements`."""
