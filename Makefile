@@ -34,7 +34,7 @@ chaos: .venv/.dev ## All faults, mixed over JOBS jobs by SEED (drawn if not give
 bench: .venv/.dev ## Every benchmark but that of accuracy (make results), a table each: minutes, on a quiet machine
 	for file in $(filter-out benchmarks/accuracy.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file || exit 1; done
 
-results: .venv/.dev ## Accuracy at given epsilons on real records, into docs/results.md: a quarter of an hour
+results: .venv/.dev ## Accuracy at given epsilons on real records, into docs/results.md: twenty minutes on a core of its own
 	$(BIN)/python benchmarks/accuracy.py --document docs/results.md
 
 audit: .venv/.dev ## The engine audited forty times, and every planted bug: minutes
