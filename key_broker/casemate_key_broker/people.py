@@ -177,6 +177,9 @@ class People:
         """The job is priced, up to a second for each dataset, outside of any transaction."""
         with self._database.transaction() as tx:
             job = approvals.find(tx, terms, self._party, person)
+        return self._shown(job, now)
+
+    def _shown(self, job: approvals.Case, now: int) -> ApprovalShown:
         charges = prechecks.price(job.uses, job.terms.terms.plan)
         with self._database.transaction() as tx:
             return approvals.show(tx, job, charges, self._party, now)
@@ -185,7 +188,7 @@ class People:
         with self._database.transaction() as tx:
             job = approvals.find(tx, request.terms, self._party, person)
             approvals.give(tx, request, job, self._party, person, delegation, now)
-        return self._show_approval(request.terms, person, now)
+        return self._shown(job, now)  # not found anew: a word that ends the job may have ended it by now
 
     # --- datasets -----------------------------------------------------------------------------------------------------
 
