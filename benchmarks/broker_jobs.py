@@ -51,12 +51,12 @@ from typing import Any, Final, Literal, Protocol
 import nats
 from _bench import Metric, Samples
 from _servers import nats_server, redis_binary, redis_server
-from casemate_gateway.tasks import end
 from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import Delivery, WorkQueue
 from casemate_messaging.setup import ensure_streams
+from casemate_messaging.tasks import end
 from casemate_schemas.admission import PrecheckAnswer, Routing, Submission
 from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from casemate_schemas.codec import encode

@@ -19,6 +19,7 @@ from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import WorkQueue
 from casemate_messaging.rpc import call
+from casemate_messaging.tasks import end
 from casemate_schemas import subjects
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckAnswer, PrecheckRequest, Submission
 from casemate_schemas.codec import decode, encode
@@ -49,7 +50,6 @@ from nats.aio.client import Client
 from .dispatch import Dispatcher
 from .records import Job, RecordReader
 from .schedule import Entry
-from .tasks import end
 from .tracing import OFF, Tracing
 from .transitions import Transitions
 

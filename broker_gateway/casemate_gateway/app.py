@@ -24,6 +24,7 @@ from casemate_messaging.queue import WorkQueue
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.setup import StreamSettings, ensure_streams
 from casemate_messaging.stored import StoredSizes
+from casemate_messaging.tasks import end
 from casemate_messaging.uploads import UploadStore
 from casemate_schemas.consortium import MAX_CLOCK_SKEW_MS, Consortium
 from casemate_schemas.errors import SetupError, UnavailableError
@@ -43,7 +44,7 @@ from .quotas import Quotas
 from .records import RecordReader
 from .routes import health, uploads
 from .settings import Settings
-from .tasks import begin, end
+from .tasks import begin
 from .tracing import OFF, Tracing, open_tracing
 from .transitions import Transitions
 

@@ -1,14 +1,12 @@
-"""Background tasks: begun so that their failure is noticed, and ended."""
+"""Background tasks, begun so that their failure is noticed. Ended by :func:`casemate_messaging.tasks.end`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from casemate_messaging.logs import ProgramLog
-
-_AGAIN_S = 0.2
 
 
 def begin(work: Coroutine[Any, Any, None], log: ProgramLog, on_failed: Callable[[], None]) -> asyncio.Task[None]:
@@ -22,16 +20,3 @@ def begin(work: Coroutine[Any, Any, None], log: ProgramLog, on_failed: Callable[
     task = asyncio.create_task(work)
     task.add_done_callback(ended)
     return task
-
-
-async def end(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancels ``tasks`` and waits until all have ended.
-
-    More than once if need be: ``asyncio.wait_for`` of Python 3.11, which the NATS client uses, loses a cancellation
-    that comes just as what it waits for is done (python/cpython#86296).
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_AGAIN_S)

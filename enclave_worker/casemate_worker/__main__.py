@@ -19,6 +19,7 @@ from casemate_messaging.connection import connect
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
 from casemate_messaging.programs import run_program
+from casemate_messaging.tasks import end
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import SetupError
 
@@ -115,13 +116,11 @@ async def _worker(settings: Settings, log: ProgramLog, stop: asyncio.Event) -> A
         try:
             yield worker
         finally:
-            announcing.cancel()
-            await asyncio.gather(announcing, return_exceptions=True)
+            await end([announcing])
         if following.done():
             following.result()
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        await end([following])
         await client.close()
 
 

@@ -7,16 +7,18 @@ waits for no more than the job under way on each worker.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from typing import Final, Protocol, TypeVar
 
 from casemate_messaging.queue import Delivery
+from casemate_messaging.tasks import AGAIN_S, end
 
 T = TypeVar("T")
 
 ROUND_S: Final = 0.25
 """How long one of several queues is waited at before the next one is looked into."""
+CLEAN_UP_S: Final = 5.0
+"""What a job that is given up has to end its training process, before it is told once more."""
 
 
 class Taker(Protocol):
@@ -51,17 +53,16 @@ async def serve_in_turn(takers: Sequence[Taker], stop: asyncio.Event, drain: asy
             pulling = asyncio.create_task(_next(order))
             watched = {pulling, *ending, *(leaving[taker] for taker in order)}
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            found = await _finished(pulling)
+            found = await _ended(pulling, AGAIN_S)
             if found is None:
                 continue
             taker, delivery = found
             order.append(order.pop(order.index(taker)))
             handling = asyncio.create_task(taker.handle(delivery))
             await asyncio.wait({handling, ending[0]}, return_when=asyncio.FIRST_COMPLETED)
-            await _finished(handling)
+            await _ended(handling, CLEAN_UP_S)
     finally:
-        for task in (*ending, *leaving.values()):
-            task.cancel()
+        await end((*ending, *leaving.values()))
         for taker in takers:
             await taker.close()
 
@@ -79,10 +80,7 @@ async def _next(order: Sequence[Taker]) -> tuple[Taker, Delivery] | None:
     return None
 
 
-async def _finished(task: asyncio.Task[T]) -> T | None:
+async def _ended(task: asyncio.Task[T], again_s: float) -> T | None:
     """What the task came to; it is ended first if it goes on."""
-    if not task.done():
-        task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        return await task
-    return None
+    await end([task], again_s=again_s)
+    return None if task.cancelled() else task.result()

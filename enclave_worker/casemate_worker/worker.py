@@ -18,6 +18,7 @@ from casemate_messaging.jobs import JobStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.queue import Delivery, WorkQueue
 from casemate_messaging.rpc import call
+from casemate_messaging.tasks import end
 from casemate_privacy.auditing import audit_report
 from casemate_privacy.statement import planned_epsilon, privacy_statement
 from casemate_schemas.audit import AuditCounts, AuditReport
@@ -64,6 +65,7 @@ from .keys import Keys, check_cover, committed_digest, request_grant
 from .presence import Announcer
 from .sealed_output import SealedOutput, commit, granted, release
 from .settings import Settings
+from .turns import CLEAN_UP_S
 
 _EVENT_INTERVAL_S: Final = 0.25
 _SAY_AFTER_S: Final = 0.005
@@ -357,7 +359,8 @@ class Worker:
                 watch.result()
             await work
         finally:
-            await _ended(work, watch)
+            await end([work], again_s=CLEAN_UP_S)
+            await end([watch])
 
     async def _watch(self, delivery: Delivery, record: JobRecord) -> None:
         """Keeps the delivery alive. Raises :class:`ConflictError` or :class:`StateError` when the job is no longer ours."""
@@ -436,12 +439,6 @@ async def _result(manifest: bytes, trained: Trained) -> AsyncIterator[bytes]:
     yield sections_head({"manifest": len(manifest), "weights": trained.weights_bytes}) + manifest
     async for piece in trained.weights:
         yield piece
-
-
-async def _ended(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _audit_report(plan: Plan, counts: AuditCounts | None) -> AuditReport | None:

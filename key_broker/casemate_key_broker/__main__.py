@@ -23,6 +23,7 @@ from casemate_messaging.programs import run_program
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
 from casemate_messaging.rpc import Handler, serve
 from casemate_messaging.settings import read_file
+from casemate_messaging.tasks import end
 from casemate_schemas import subjects
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import (
@@ -159,9 +160,7 @@ async def _serve(program: Program, settings: Settings, client: Client, log: Prog
         if client.is_closed:
             raise UnavailableError("NATS ended the connection for good: is the nkey still allowed?")
     finally:
-        for task in (*following, refreshing):
-            task.cancel()
-        await asyncio.gather(*following, refreshing, return_exceptions=True)
+        await end((*following, refreshing))
 
 
 @dataclass

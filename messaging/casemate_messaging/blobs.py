@@ -36,6 +36,7 @@ from pydantic import Field, model_validator
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 from .direct import Stored, read_all, read_batch, read_last
+from .tasks import end
 
 CHUNK_BYTES: Final = 512 << 10
 WINDOW: Final = 16
@@ -386,9 +387,7 @@ class _Writer:
         """After an error: what was sent is stored or lost by now, so that a purge that follows finds all of it."""
         if self._in_flight:
             await asyncio.wait(self._in_flight, timeout=REQUEST_TIMEOUT_S)
-        for task in self._in_flight:
-            task.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        await end(self._in_flight)
         self._in_flight.clear()
 
 
@@ -400,8 +399,7 @@ async def _ahead(batches: AsyncGenerator[list[Stored]]) -> AsyncGenerator[list[S
             coming = asyncio.ensure_future(anext(batches, None))
             yield batch
     finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
+        await end([coming])
         await batches.aclose()
 
 

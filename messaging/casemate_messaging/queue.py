@@ -20,6 +20,7 @@ from nats.aio.subscription import Subscription
 from pydantic import Field
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
+from .tasks import end
 
 _MAX_ITEM_BYTES: Final = 128 << 10
 _ANSWER_S: Final = 2.0
@@ -89,8 +90,7 @@ class Delivery:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end([task])
 
     async def _keep(self, every_s: float) -> None:
         while True:

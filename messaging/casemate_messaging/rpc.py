@@ -28,6 +28,7 @@ from nats.aio.subscription import Subscription
 from pydantic import Field
 
 from .connection import settle, translated
+from .tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,7 @@ class RpcServer:
                 await subscription.unsubscribe()
         if self._running:
             _, late = await asyncio.wait(self._running, timeout=CLOSE_GRACE_S)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            await end(late)
 
     async def __aenter__(self) -> RpcServer:
         return self

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Final
 
 from aiohttp import web
+from casemate_messaging.tasks import end
 from casemate_schemas.admission import MAX_TERMS_ENVELOPE_BYTES, PrecheckRequest, Routing, Submission
 from casemate_schemas.api import JOBS_PATH, JobList
 from casemate_schemas.codec import decode, encode
@@ -41,7 +42,6 @@ from casemate_gateway.authentication import Person
 from casemate_gateway.gateway import Gateway, gateway_of
 from casemate_gateway.problems import JOB_ID
 from casemate_gateway.records import Job
-from casemate_gateway.tasks import end
 
 _UNHEARD: Final = 4
 """Heartbeats after which a stream looks for events that it was not told of. Ends that nobody told :mod:`.admission` tells."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from casemate_messaging.server import EmbeddedServer, bound_to_this_process
+from casemate_messaging.tasks import end
 from casemate_schemas.errors import SetupError, UnavailableError
 
 from .founding import nats_users, write_settings
@@ -158,9 +159,7 @@ class LocalStack:
 
     async def stop(self) -> None:
         """Ends every program, NATS last."""
-        for guard in self._guards:
-            guard.cancel()
-        await asyncio.gather(*self._guards, return_exceptions=True)
+        await end(self._guards)
         self._guards.clear()
         await asyncio.gather(*(program.stop() for program in self.programs.values()), return_exceptions=True)
         await self.nats.stop()

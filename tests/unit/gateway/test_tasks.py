@@ -6,8 +6,9 @@ import asyncio
 import json
 
 import pytest
-from casemate_gateway.tasks import begin, end
+from casemate_gateway.tasks import begin
 from casemate_messaging.logs import ProgramLog
+from casemate_messaging.tasks import end
 
 
 async def _fails() -> None:
