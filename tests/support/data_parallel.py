@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from casemate_schemas.errors import ParameterError, TrainingError
 from casemate_schemas.job import SGD, Augmentation, Training
-from casemate_worker.training.clipping import Mode
+from casemate_worker.training.choosing import Mode
 from casemate_worker.training.distributed import Group, process_group
 from casemate_worker.training.engine import OwnerData, Trainer
 from torch import Tensor, nn

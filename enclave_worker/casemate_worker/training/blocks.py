@@ -86,7 +86,7 @@ class Part:
 
     def of(self, rows: Tensor) -> Tensor:
         """Those of a batch's ``rows`` (``[n, ...]``)."""
-        return rows[self._start : self._end] if self._start or self._end < len(rows) else rows
+        return rows[self._start : self._end] if self._start or self._end < rows.shape[0] else rows
 
     def blocks(self, rows: Tensor) -> Tensor:
         """Of these ``rows`` (``[records, width]``) those in blocks, ``[count, size, width]``."""
@@ -166,16 +166,18 @@ def _floors(shifts: tuple[bool, ...]) -> NDArray[np.float64]:
 def upper_squares(rows: Tensor) -> Tensor:
     """Upper bounds on the squared L2 norms of float32 ``[n, width]``, float64 ``[n]``, at least 2^-80 each.
 
-    Above the truth by at most 2^-79 and a share of 2^-11. Infinite for norms from some 10^19 on, NaN or infinite where a
-    row is not finite.
+    Of ``[k, n, width]``, those of ``k`` pieces of each record together. Above the truth by at most 2^-79 and a share of
+    2^-11. Infinite for norms from some 10^19 on, NaN or infinite where a row is not finite.
 
     Float32 sums of at most 2,048 squares err by a share of at most γ_2048, roots and float64 by little more; a square that
     underflows is less than 2^-126.
     """
-    parts = rows.shape[1] // _WIDTH
-    rest = rows[:, parts * _WIDTH :]
-    found: Tensor = torch.linalg.vecdot(rest, rest).double()
+    parts = rows.shape[-1] // _WIDTH
+    rest = rows[..., parts * _WIDTH :]
+    found: Tensor = torch.linalg.vector_norm(rest, dim=-1).double().square_()
     if parts:
-        whole = rows[:, : parts * _WIDTH].reshape(-1, parts, _WIDTH)
-        found += torch.linalg.vector_norm(whole, dim=2).double().square_().sum(dim=1)
+        whole = rows[..., : parts * _WIDTH].reshape(*rows.shape[:-1], parts, _WIDTH)
+        found += torch.linalg.vector_norm(whole, dim=-1).double().square_().sum(dim=-1)
+    if rows.dim() == 3:
+        found = found.sum(dim=0)
     return found.mul_(1 + (_WIDTH + 4) * _UNIT).add_(_FLOOR)

@@ -1,20 +1,61 @@
-"""Which strategy is fastest for one parameter, on this machine, now: measured on public records."""
+"""Which strategy each parameter gets: by counting operations, or measured on public records, on this machine, now."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal
 
 import torch
 
 from .blocks import Blocks
-from .uses import ConvUse, Instantiated, LinearUse, RankOne, Strategy, Use, strategies_for, term_of
+from .uses import (
+    ConvUse,
+    Instantiated,
+    LinearUse,
+    RankOne,
+    RowsUse,
+    Strategy,
+    Use,
+    cheaper_by_count,
+    operations,
+    strategies_for,
+    term_of,
+)
+
+Mode = Literal["auto", "book_keeping", "ghost", "per_sample"]
+"""Which strategy each layer gets: the one measured to be fastest here, the one with fewer operations, or always one."""
 
 _ROUNDS: Final = 3
 _SLOW: Final = 4.0
+_TRIAL_RECORDS: Final = 64
+_TRIAL_OPERATIONS: Final = 1 << 28
 
 _measured: dict[object, Strategy] = {}
+
+
+def choice(mode: Mode, uses: Sequence[Use], blocks: Blocks | None) -> Strategy:
+    """The strategy that ``mode`` gives a parameter with these uses, where sums are as ``blocks`` says."""
+    if mode != "ghost" and any(isinstance(use, RowsUse) for use in uses):
+        return "per_sample"  # what comes formed has to be added to what else there is
+    if mode == "auto" and len(uses) == 1 and isinstance(uses[0], LinearUse) and products(uses) == 1:
+        return "ghost"  # a product of two vectors: nothing is cheaper, whatever a measurement of so little says
+    if mode == "auto":
+        return measured_strategy(uses, blocks)
+    if mode == "book_keeping":
+        return cheaper_by_count(uses[0])
+    return mode
+
+
+def products(uses: Iterable[Use]) -> int:
+    """How many products of an activation and a gradient make up one record's gradient under ``ghost``."""
+    return sum(use.sizes()[1] for use in uses if isinstance(use, LinearUse | ConvUse))
+
+
+def trial_size(all_uses: Iterable[Sequence[Use]], most: int) -> int:
+    """On how many records to measure: as many as a physical batch may have (``most``), if that takes little memory and time."""
+    largest = max(sum(operations(use) for use in uses) for uses in all_uses)
+    return max(2, min(most, _TRIAL_RECORDS, _TRIAL_OPERATIONS // largest))
 
 
 def measured_strategy(uses: Sequence[Use], blocks: Blocks | None = None) -> Strategy:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import reduce
 from itertools import accumulate
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -32,21 +32,17 @@ from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
 
 from .blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products
-from .choosing import measured_strategy
-from .dense import Dense, dense_of
+from .chain import Chain, chain_of
+from .choosing import Mode, choice, products, trial_size
 from .precision import check_float32_products
 from .rows import in_rows, most_rows
 from .uses import (
-    ConvUse,
     Instantiated,
-    LinearUse,
     RankOne,
-    RowsUse,
     Strategy,
     Term,
     Use,
     cheaper_by_count,
-    operations,
     term_of,
 )
 from .watched import Book
@@ -55,13 +51,8 @@ from .watching import Watch
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[n, ...]`` and targets ``[n, ...]`` to per-example losses ``[n]``."""
 
-Mode = Literal["auto", "book_keeping", "ghost", "per_sample"]
-"""Which strategy each layer gets: the one measured to be fastest here, the one with fewer operations, or always one."""
-
 _GRADIENT_BYTES: Final = 1 << 26
 """So many bytes of formed gradients a physical batch holds, unless one record has more."""
-_TRIAL_RECORDS: Final = 64
-_TRIAL_OPERATIONS: Final = 1 << 28
 
 
 class Clipping(Protocol):
@@ -130,8 +121,8 @@ class BookKeeping:
         self._parameters = [p for _, p in named]
         *self._starts, self._size = accumulate((p.numel() for p in self._parameters), initial=0)
         self._watch = Watch(model, self._parameters)
-        self._dense = dense_of(model, {id(p): index for index, p in enumerate(self._parameters)})
-        self._by_hand: Dense | None = None
+        self._chain = chain_of(model, {id(p): index for index, p in enumerate(self._parameters)})
+        self._by_hand: Chain | None = None
         self._loss = loss
         self._uniform = uniform
         self._blocks = None if expected_batch is None else blocks_for(expected_batch)
@@ -155,7 +146,7 @@ class BookKeeping:
             raise ModelError("clipping strategies are not of this model's parameters")
         self._strategies = {self._names.index(name): strategy for name, strategy in strategies.items()}
         ghosts = {index for index, strategy in self._strategies.items() if strategy == "ghost"}
-        self._by_hand = self._dense if self._dense is not None and ghosts.issuperset(self._dense.weights) else None
+        self._by_hand = self._chain if self._chain is not None and ghosts.issuperset(self._chain.matrices) else None
         formed = sum(4 * self._parameters[i].numel() for i, s in self._strategies.items() if s != "ghost")
         self._physical_batch = most_rows(min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
 
@@ -163,29 +154,26 @@ class BookKeeping:
         """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for."""
         book, _ = self._record(*records(1), lambda _index, _use: "ghost")
         if mode == "auto":
-            book, _ = self._record(*records(self._trial_size(book)), lambda _index, _use: "ghost")
-        found = sorted(book.uses().items())
-        self.cancelling = {self._names[i]: count for i, uses in found if (count := _products(uses)) > 1}
-        self.strategies = {self._names[i]: _choice(mode, uses, self._blocks) for i, uses in found}
-
-    def _trial_size(self, book: Book) -> int:
-        """As many records as a physical batch may have, if that takes little memory and time."""
-        most = max(sum(operations(use) for use in uses) for uses in book.uses().values())
-        return max(2, min(self._max_physical_batch, _TRIAL_RECORDS, _TRIAL_OPERATIONS // most))
+            count = trial_size(book.uses().values(), self._max_physical_batch)
+            book, _ = self._record(*records(count), lambda _index, _use: "ghost")
+        found = {self._names[index]: uses for index, uses in sorted(book.uses().items())}
+        self.cancelling = {name: count for name, uses in found.items() if (count := products(uses)) > 1}
+        self.strategies = {name: choice(mode, uses, self._blocks) for name, uses in found.items()}
 
     def clipped_sum(self, features: Tensor, targets: Tensor, in_all: int | None = None) -> Tensor:
         """See :meth:`Clipping.clipped_sum`. Of ``in_all`` records a step, where that is more than these."""
-        blocks = self._blocks
-        if blocks is not None and (len(features) if in_all is None else in_all) > blocks.records:
+        blocks, size, count = self._blocks, self._physical_batch, features.shape[0]
+        if blocks is not None and (count if in_all is None else in_all) > blocks.records:
             blocks = None
         total = torch.zeros(self._size, dtype=torch.float64)
-        size = self._physical_batch
-        pieces = zip(torch.split(features, size), torch.split(targets, size), strict=True)
-        for some, theirs in pieces if features.shape[0] else ():
+        for start in range(0, count, size):
+            some, theirs = features[start : start + size], targets[start : start + size]
             terms, losses = self._terms(in_rows(some), in_rows(theirs))
-            factors = self._factors(terms, losses)[: len(some)]
-            for term in terms.values():
-                term.keep(len(some))
+            factors = self._factors(terms, losses)
+            if (there := some.shape[0]) < losses.shape[0]:
+                factors = factors[:there]
+                for term in terms.values():
+                    term.keep(there)
             self._add_weighted(total, terms, factors, blocks)
         return total
 
@@ -194,13 +182,9 @@ class BookKeeping:
 
         Forward and backward run ``inside``; for :mod:`.kernels`.
         """
-        if self._by_hand is not None and self._by_hand.takes(features):
-            with inside:
-                terms, losses = self._by_hand.terms(features, targets, self._loss)
-        else:
-            with inside:
-                book, losses = self._record(features, targets, lambda _index, _use: "ghost")
-            terms = {i: term_of(uses, self._strategy(i, uses[0])) for i, uses in sorted(book.uses().items())}
+        with inside:
+            book, terms, losses = self._used(features, targets, lambda _index, _use: "ghost")
+        terms |= {i: term_of(uses, self._strategy(i, uses[0])) for i, uses in sorted(book.uses().items())}
         squares, slack = _squared_norms(terms, len(features))
         return [
             losses,
@@ -232,16 +216,25 @@ class BookKeeping:
         return torch.cat([gradient.flatten() for gradient in found])
 
     def _terms(self, features: Tensor, targets: Tensor) -> tuple[dict[int, Term], Tensor]:
-        """What a batch used, in the quickest way there is for this model, and its losses."""
-        if self._by_hand is not None and self._by_hand.takes(features):
-            return self._by_hand.terms(features, targets, self._loss)
-        book, losses = self._record(features, targets, self._strategy)
-        return book.terms(), losses
+        """What a batch used, by position, and its losses."""
+        book, terms, losses = self._used(features, targets, self._strategy)
+        return dict(sorted((terms | book.terms()).items())), losses
+
+    def _used(
+        self, features: Tensor, targets: Tensor, strategy_of: Callable[[int, Use], Strategy]
+    ) -> tuple[Book, dict[int, Term], Tensor]:
+        """Forward and backward in the quickest way there is for this model: uses, terms of other uses, and losses."""
+        if self._by_hand is None or not self._by_hand.takes(features):
+            book, losses = self._record(features, targets, strategy_of)
+            return book, {}, losses
+        book = Book(features.shape[0], strategy_of)
+        terms, losses = self._by_hand.terms(features, targets, self._loss, book)
+        return book, terms, losses
 
     def _record(
         self, features: Tensor, targets: Tensor, strategy_of: Callable[[int, Use], Strategy]
     ) -> tuple[Book, Tensor]:
-        """Forward and backward; the uses that they leave behind, and the losses."""
+        """Forward and backward through the model as it is; the uses that they leave behind, and the losses."""
         book = Book(len(features), strategy_of)
         with torch.enable_grad():
             with self._watch.into(book):
@@ -290,20 +283,3 @@ def _squared_norms(terms: Mapping[int, Term], count: int) -> tuple[Tensor, Tenso
     squares = [square for square, _ in found] or [torch.zeros(count, dtype=torch.float64)]
     slack = [more for _, more in found if more is not None]
     return reduce(torch.add, squares), reduce(torch.add, slack) if slack else None
-
-
-def _products(uses: list[Use]) -> int:
-    """How many products of an activation and a gradient make up one record's gradient under ``ghost``."""
-    return sum(use.sizes()[1] for use in uses if isinstance(use, LinearUse | ConvUse))
-
-
-def _choice(mode: Mode, uses: list[Use], blocks: Blocks | None) -> Strategy:
-    if mode != "ghost" and any(isinstance(use, RowsUse) for use in uses):
-        return "per_sample"  # what comes formed has to be added to what else there is
-    if mode == "auto" and len(uses) == 1 and isinstance(uses[0], LinearUse) and _products(uses) == 1:
-        return "ghost"  # a product of two vectors: nothing is cheaper, whatever a measurement of so little says
-    if mode == "auto":
-        return measured_strategy(uses, blocks)
-    if mode == "book_keeping":
-        return cheaper_by_count(uses[0])
-    return mode

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from .augmentation import Augmenter, Views, mean_over_views
 from .averaging import WeightAverage
 from .batches import OwnerData, batches_of, known_classes, mean_over_present
-from .clipping import BookKeeping, Loss, Mode
+from .choosing import Mode
+from .clipping import BookKeeping, Loss
 from .distributed import Alone, Group, inputs
 from .flat import FlatParameters
 from .kernels import check_kernels

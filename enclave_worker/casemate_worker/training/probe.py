@@ -12,7 +12,8 @@ import torch
 from casemate_schemas.errors import BatchDependenceError, ModelError, UnsupportedOperationError
 from torch import Tensor, nn
 
-from .clipping import BookKeeping, Mode
+from .choosing import Mode
+from .clipping import BookKeeping
 
 _RECORDS: Final = 4
 _TOLERANCE: Final = 1e-3

@@ -65,11 +65,11 @@ def most_rows(limit: int) -> int:
 
 def in_rows(rows: Tensor) -> Tensor:
     """``rows`` (``[n, ...]``, n >= 1) and as many of zeros as are missing to a multiple, in aligned memory of its own."""
-    step = row_step()
-    missing = -len(rows) % step
+    step, count = row_step(), rows.shape[0]
+    missing = -count % step
     if not missing and rows.is_contiguous() and rows.data_ptr() % _ALIGNMENT == 0:
         return rows
-    found = rows.new_empty(len(rows) + missing, *rows.shape[1:])
-    found[: len(rows)] = rows
-    found[len(rows) :] = 0
+    found = rows.new_empty(count + missing, *rows.shape[1:])
+    found[:count] = rows
+    found[count:] = 0
     return found

@@ -38,6 +38,8 @@ _FORMING_COST: Final = 50
 """What it costs to form one element, take it to float64, square it and sum it, in float32 multiply-adds (measured)."""
 _DOUBLE_COST: Final = 2.3
 """A float64 multiply-add in float32 ones (measured)."""
+_REGISTERS_ELEMENTS: Final = 16
+"""MKL's small products take so many elements of the last axis at a time, and others in several goes (measured)."""
 _GROUPED_ELEMENTS: Final = 1 << 16
 """Up to this size of a filter bank one grouped convolution beat one call for each record (measured)."""
 
@@ -84,7 +86,10 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """How elements lie where not as the parameter has them: by axes of these sizes, which ``axes`` permute into its own."""
+    """How elements lie where not as the parameter has them: by axes of these sizes, which ``axes`` permute into its own.
+
+    Of gradients of all records the first axis comes before that of records: ``[sizes[0], n, elements / sizes[0]]``.
+    """
 
     sizes: torch.Size
     axes: tuple[int, ...]
@@ -96,14 +101,17 @@ class Order:
 
 @dataclass(eq=False)
 class RowsUse:
-    """Gradients record by record, float32 ``[n, elements]``: formed, or as the backward pass gives those of biases and scales."""
+    """Gradients record by record, float32 ``[n, elements]``: formed, or as the backward pass gives those of biases and scales.
+
+    Where there is an ``order``, they lie as it says.
+    """
 
     rows: Tensor
     order: Order | None = None
 
     def instantiate(self, strategy: Strategy) -> Tensor:
         """As they are, in the parameter's own order."""
-        return self.rows if self.order is None else self.order.undone(self.rows)
+        return self.rows if self.order is None else self.order.undone(self.rows.transpose(0, 1).flatten(1))
 
     def form(self, strategy: Strategy) -> RowsUse:
         """Itself."""
@@ -117,7 +125,7 @@ class RowsUse:
 
     def elements(self) -> int:
         """See :meth:`Use.elements`."""
-        return self.rows.shape[1]
+        return self.rows.shape[1] if self.order is None else self.order.sizes.numel()
 
 
 @dataclass(eq=False)
@@ -190,25 +198,39 @@ class ConvUse:
         return RowsUse(self.instantiate(strategy))
 
     def _by_rows(self) -> RowsUse:
-        """``patches`` in less time: unfolded along columns first, so that what meets a row of the kernel is copied in one go.
+        """``patches`` in less time: unfolded along columns alone, so that what meets a row of the kernel lies in one piece.
 
-        The order: rows of the kernel, features in, columns of the kernel, features out.
+        The order: rows of the kernel, then features out, features in and columns of the kernel, or features out last.
         """
         d, c, height, width = self.weight_shape
         n, (_, _, rows, columns) = self.activation.shape[0], self.gradient.shape
-        found = self.activation.new_empty(n, height * c * width, d)
-        sides = [side for padding in reversed(self.padding) for side in (padding, padding)]
-        span, last = self.dilation[1] * (width - 1) + 1, (rows - 1) * self.stride[0] + 1
-        size = max(1, 4 * _CHUNK_ELEMENTS // (height * c * width * rows * columns))
+        step, inner = self.stride[0], c * width
+        last = _whole_vectors(inner) >= _whole_vectors(d)
+        found = self.activation.new_empty(height, n, *((d, inner) if last else (inner, d)))
+        lines = -(-(self.activation.shape[2] + 2 * self.padding[0]) // step)
+        size = max(1, 2 * _CHUNK_ELEMENTS // (inner * step * lines * columns))
+        size = -(-n // -(-n // size))
+        unfolded = self.activation.new_empty(size, inner, step, lines * columns)
         for records in (slice(start, min(start + size, n)) for start in range(0, n, size)):
-            x = F.pad(self.activation[records], sides).unfold(3, span, self.stride[1])[..., :: self.dilation[1]]
-            x = x.permute(0, 1, 4, 2, 3).contiguous()
-            patches = x.new_empty(x.shape[0], height, c, width, rows, columns)
-            for row, start in enumerate(range(0, height * self.dilation[0], self.dilation[0])):
-                patches[:, row] = x[..., start : start + last : self.stride[0], :]
-            patches = patches.view(x.shape[0], height * c * width, rows * columns)
-            torch.bmm(patches, self.gradient[records].flatten(2).mT, out=found[records])
-        return RowsUse(found.view(n, -1), Order(torch.Size((height, c, width, d)), (3, 1, 0, 2)))
+            x, g = unfolded[: records.stop - records.start], self.gradient[records].flatten(2)
+            self._unfold_columns(records, x.view(-1, c, width, step, lines, columns))
+            for row in range(height):
+                start, phase = divmod(row * self.dilation[0], step)
+                met = x[:, :, phase, start * columns : (start + rows) * columns]
+                left, right = (g, met) if last else (met, g)
+                torch.bmm(left, right.mT, out=found[row, records])
+        sizes, axes = ((height, d, c, width), (1, 2, 0, 3)) if last else ((height, c, width, d), (3, 1, 0, 2))
+        return RowsUse(found.flatten(2), Order(torch.Size(sizes), axes))
+
+    def _unfold_columns(self, records: slice, out: Tensor) -> None:
+        """What meets each column of the kernel, ``[m, c, width, step, lines, columns]``: every ``step``-th line together."""
+        (above, beside), (step, across) = self.padding, self.stride
+        _, _, width, _, lines, _ = out.shape
+        below = lines * step - above - self.activation.shape[2]
+        x = self.activation[records]
+        x = F.pad(x, (beside, beside, above, below)) if above or beside or below else x
+        x = x.unfold(3, self.dilation[1] * (width - 1) + 1, across)[..., :: self.dilation[1]]
+        out.copy_(x.reshape(*x.shape[:2], lines, step, *x.shape[3:]).permute(0, 1, 5, 3, 2, 4))
 
     def elements(self) -> int:
         """See :meth:`Use.elements`."""
@@ -267,20 +289,21 @@ class Instantiated:
     """See the module's docstring."""
 
     def __init__(self, rows: Tensor, order: Order | None = None) -> None:
-        """Of float32 gradients ``[n, elements]``; of elements in another order than the parameter's, sums alone are permuted."""
+        """Of float32 gradients ``[n, elements]``, or as ``order`` says; then sums alone are put into the parameter's own."""
         self.rows = rows
         self._order = order
 
     @property
     def elements(self) -> int:
         """See :attr:`Term.elements`."""
-        return self.rows.shape[1]
+        return self.rows.shape[1] if self._order is None else self._order.sizes.numel()
 
     def squared_norms(self) -> tuple[Tensor, Tensor | None]:
         """See :meth:`Term.squared_norms`. In float64 where that costs little."""
         if self.elements > _CHEAP_ELEMENTS:
             return upper_squares(self.rows), None
-        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64).square_(), None
+        axes = -1 if self._order is None else (0, 2)
+        return torch.linalg.vector_norm(self.rows, dim=axes, dtype=torch.float64).square_(), None
 
     def drop(self, records: Tensor) -> None:
         """See :meth:`Term.drop`."""
@@ -288,34 +311,32 @@ class Instantiated:
 
     def keep(self, count: int) -> None:
         """See :meth:`Term.keep`."""
-        self.rows = self.rows[:count]
+        self.rows = self.rows[..., :count, :]
 
     def parts(self) -> list[Tensor]:
         """See :meth:`Term.parts`."""
-        return [self.rows]
+        return [self.rows] if self._order is None else list(self.rows.unbind())
 
     def add_weighted(self, total: Tensor, factors: Tensor) -> None:
         """See :meth:`Term.add_weighted`."""
-        if self._order is None:
-            for columns in self._columns():
-                total[columns] += factors @ self.rows[:, columns].double()
-        else:
-            found = torch.cat([factors @ self.rows[:, columns].double() for columns in self._columns()])
-            total += self._order.undone(found[None])[0]
+        sums = torch.cat(
+            [factors @ rows.double() for part in self.parts() for rows in torch.split(part, self._width(), 1)]
+        )
+        total += sums if self._order is None else self._order.undone(sums[None])[0]
 
     def sum_blocks(self, out: Tensor, part: Part, weights: Tensor) -> None:
         """See :meth:`~.blocks.BlockTerm.sum_blocks`."""
         if self._order is None:
             sum_products(out, part, weights, part.of(self.rows))
-        else:
-            found = torch.empty(part.count, self.elements)
-            sum_products(found, part, weights, part.of(self.rows))
-            out.copy_(self._order.undone(found))
+            return
+        found = torch.empty(len(self.rows), part.count, self.rows.shape[2])
+        for sums, rows in zip(found, self.rows, strict=True):
+            sum_products(sums, part, weights, part.of(rows))
+        out.copy_(self._order.undone(found.transpose(0, 1).flatten(1)))
 
-    def _columns(self) -> list[slice]:
-        n, elements = self.rows.shape
-        width = max(1, _CHUNK_ELEMENTS // n)
-        return [slice(start, start + width) for start in range(0, elements, width)]
+    def _width(self) -> int:
+        """Of what is taken to float64 at once."""
+        return max(1, _CHUNK_ELEMENTS // self.rows.shape[-2])
 
 
 class Outer:
@@ -505,6 +526,11 @@ def term_of(uses: Sequence[Use], strategy: Strategy) -> Term:
         return Sparse(lookups)
     formed = reduce(RowsUse.plus, (use.form(strategy) for use in uses))
     return Instantiated(formed.rows, formed.order)
+
+
+def _whole_vectors(size: int) -> float:
+    """The share of ``size`` that fills registers: the axis of a small product that is next to each other in memory."""
+    return size // _REGISTERS_ELEMENTS * _REGISTERS_ELEMENTS / size
 
 
 def strategies_for(use: Use) -> tuple[Strategy, ...]:

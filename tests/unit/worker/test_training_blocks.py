@@ -11,8 +11,8 @@ from casemate_models.building import build
 from casemate_models.tracing import trace
 from casemate_schemas.errors import ModelError, ParameterError
 from casemate_worker.training.blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products, upper_squares
+from casemate_worker.training.chain import chain_of
 from casemate_worker.training.clipping import BookKeeping, clip_factors
-from casemate_worker.training.dense import dense_of
 from casemate_worker.training.flat import FlatParameters
 from casemate_worker.training.uses import Instantiated, LinearUse, RankOne, Strategy
 from hypothesis import given, settings
@@ -186,6 +186,9 @@ def test_upper_squares_are_upper_bounds_and_close(rows: list[list[float]], repea
             assert true > 10**38
         else:
             assert true <= Fraction(bound) <= true * (1 + Fraction(1, 2**11)) + Fraction(1, 2**79)
+    pieces = upper_squares(torch.stack([values, 2 * values])) if float(values.abs().max()) < 2**60 else None
+    if pieces is not None:
+        assert torch.allclose(pieces, 5 * values.double().square().sum(dim=1), rtol=2**-11, atol=2**-78)
 
 
 def test_products_of_wide_and_narrow_layers_agree() -> None:
@@ -258,16 +261,22 @@ def test_room_counts_every_rounding_on_the_longest_way() -> None:
 def _chain() -> nn.Sequential:
     torch.manual_seed(2)
     layers = [nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 4), nn.GELU()]
-    return nn.Sequential(*layers, nn.Linear(4, 4), nn.SiLU(), nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()))
+    return nn.Sequential(*layers, nn.Linear(4, 4), nn.SiLU(), nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Sigmoid()))
 
 
-def _both(model: nn.Module) -> tuple[BookKeeping, BookKeeping]:
-    """One as it comes, and one that is kept from going by hand."""
+def _image_chain() -> nn.Sequential:
+    torch.manual_seed(2)
+    first = [nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 4, (2, 3), (2, 1), bias=False)]
+    return nn.Sequential(*first, nn.MaxPool2d(3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Sigmoid(), nn.Linear(4, 3))
+
+
+def _both(model: nn.Module, images: Strategy = "patches") -> tuple[BookKeeping, BookKeeping]:
+    """One as it comes, and one that is kept from going by hand; ``images`` is the strategy of convolutions."""
     found = []
     for by_hand in (True, False):
         clipping = BookKeeping(model, _losses, clipping_norm=0.5, max_physical_batch=16)
         clipping.strategies = {
-            name: "ghost" if name.endswith("weight") else "per_sample"
+            name: "per_sample" if parameter.dim() == 1 else "ghost" if parameter.dim() == 2 else images
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
@@ -290,12 +299,41 @@ def test_a_chain_by_hand_is_the_same_bit_for_bit(frozen: list[str], rebuilt: boo
     assert float(first.clipped_sum(x, y).norm()) > 0
 
 
+@pytest.mark.parametrize("strategy", ["patches", "ghost", "per_sample"])
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_chain_on_images_by_hand_is_the_same_bit_for_bit(strategy: Strategy, rebuilt: bool) -> None:
+    model: nn.Module = build(*trace(_image_chain(), (1, 9, 9))) if rebuilt else _image_chain()
+    x, y = torch.randint(0, 2, (21, 1, 9, 9)).float(), torch.randn(21)  # so that windows have several largest numbers
+    x[3], x[4], y[7] = torch.nan, 0.0, torch.inf
+    first, second = _both(model, strategy)
+    assert torch.equal(first.clipped_sum(x, y), second.clipped_sum(x, y))
+    assert float(first.clipped_sum(x, y).norm()) > 0
+
+
+def test_pooling_by_hand_gives_the_first_of_equal_numbers_the_gradient() -> None:
+    x = torch.randint(-1, 2, (3, 2, 7, 5)).float()
+    pool = chain_of(nn.Sequential(nn.Conv2d(2, 2, 1), nn.MaxPool2d(2)), {})
+    assert pool is not None
+    forward = pool._links[1][1]
+    assert forward is not None
+    output, kept = forward(x)
+    gradient = torch.randn_like(output)
+    leaf = x.clone().requires_grad_()
+    expected = nn.functional.max_pool2d(leaf, 2)
+    expected.backward(gradient)
+    assert torch.equal(output, expected)
+    assert leaf.grad is not None
+    assert torch.equal(pool._links[1][0].backward(gradient, kept), leaf.grad)
+
+
 def test_what_is_not_a_chain_or_is_watched_goes_the_other_way() -> None:
     shared = nn.Linear(4, 4)
     others = [nn.Sequential(shared, nn.ReLU(), shared), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), nn.LayerNorm(4)]
     others += [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), nn.Sequential(nn.Linear(4, 4), nn.Softmax(1))]
+    others += [nn.Sequential(nn.Conv2d(1, 2, 1), after) for after in (nn.Linear(4, 2), nn.MaxPool2d(2, ceil_mode=True))]
+    others += [nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 2, 1)), nn.Sequential(nn.Flatten(), nn.Linear(4, 2))]
     for other in others:
-        assert dense_of(other, {id(p): i for i, p in enumerate(other.parameters())}) is None
+        assert chain_of(other, {id(p): i for i, p in enumerate(other.parameters())}) is None
     model, seen = _chain(), []
     first, second = _both(model)
     x, y = torch.randn(4, 5), torch.randn(4)

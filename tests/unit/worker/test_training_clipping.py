@@ -16,7 +16,8 @@ from casemate_models.building import build
 from casemate_models.tracing import trace
 from casemate_schemas.errors import BatchDependenceError, ModelError, UnsupportedOperationError
 from casemate_worker.training import clipping as clipping_module
-from casemate_worker.training.clipping import BookKeeping, Mode, clip_factors
+from casemate_worker.training.choosing import Mode
+from casemate_worker.training.clipping import BookKeeping, clip_factors
 from casemate_worker.training.probe import probe_model
 from casemate_worker.training.uses import Instantiated, LinearUse, Outer, RankOne, Strategy, Term
 from hypothesis import given, settings
@@ -186,7 +187,7 @@ def _networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
             (2, 8, 8),
         ),
         "conv2d by rows": (
-            nn.Sequential(nn.Conv2d(2, 3, (3, 2), (1, 2), (1, 2), (2, 1)), nn.Tanh(), nn.Conv2d(3, 2, (2, 1))),
+            nn.Sequential(nn.Conv2d(2, 3, (3, 2), (1, 2), (1, 2), (2, 1)), nn.Tanh(), nn.Conv2d(3, 16, (2, 1))),
             (2, 7, 6),
         ),
         "conv2d same": (nn.Sequential(nn.Conv2d(2, 2, 3, padding="same", dilation=2), nn.Flatten()), (2, 4, 5)),

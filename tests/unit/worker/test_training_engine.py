@@ -15,7 +15,7 @@ from casemate_schemas.codec import decode, encode
 from casemate_schemas.errors import DatasetError, MalformedError, ModelError, ParameterError, StateError
 from casemate_schemas.job import SGD, Adam, Training
 from casemate_worker.key_schedule import attempt_seed
-from casemate_worker.training.clipping import Mode
+from casemate_worker.training.choosing import Mode
 from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.noise import HardenedGaussian
 from casemate_worker.training.state import TrainingState

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from casemate_schemas.errors import BatchDependenceError, ModelError
 from casemate_schemas.job import SGD, Training
-from casemate_worker.training.clipping import BookKeeping, Mode
+from casemate_worker.training.choosing import Mode
+from casemate_worker.training.clipping import BookKeeping
 from casemate_worker.training.engine import OwnerData, Trainer
 from casemate_worker.training.probe import probe_model
 from casemate_worker.training.uses import Strategy

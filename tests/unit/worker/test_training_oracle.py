@@ -10,7 +10,8 @@ from typing import Final, get_args
 
 import torch
 import torch.nn.functional as F
-from casemate_worker.training.clipping import BookKeeping, Mode, clip_factors
+from casemate_worker.training.choosing import Mode
+from casemate_worker.training.clipping import BookKeeping, clip_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -16,7 +16,7 @@ from casemate_schemas.codec import encode
 from casemate_schemas.errors import DatasetError
 from casemate_schemas.job import SGD, Metrics, Training
 from casemate_worker.training.batches import OwnerData, PlaceBatches, RecordBatches, batches_of, present
-from casemate_worker.training.clipping import Mode
+from casemate_worker.training.choosing import Mode
 from casemate_worker.training.engine import Trainer
 from casemate_worker.training.subjects import subject_table
 from torch import Tensor, nn
