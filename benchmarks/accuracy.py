@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 from pathlib import Path
@@ -35,7 +35,8 @@ from rich.console import Console
 from torch import nn
 
 SEEDS: Final = (0, 1, 2)
-RESULTS: Final = Path(__file__).parent.parent / "docs" / "results.md"
+AVERAGED: Final = Averaging(decay=0.95)
+FALLING: Final = LrSchedule(decay="linear")
 _TABLE: Final = re.compile(r"(?<=<!-- accuracy -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -48,15 +49,15 @@ class Case:
     data: Callable[[], Split]
     model: Callable[[], nn.Module]
     epsilon: float
-    delta: float
     least: float
     batch: int
     steps: int
     optimizer: Optimizer
     clipping_norm: float
-    averaging: Averaging
-    plain_lr: float
-    lr_schedule: LrSchedule = field(default_factory=LrSchedule)
+    delta: float = 1e-5
+    averaging: Averaging = AVERAGED
+    plain_lr: float = 0.1
+    lr_schedule: LrSchedule = FALLING
     physical_batch: int = 1024
 
 
@@ -131,8 +132,8 @@ CASES: Final = (
         steps=280,
         optimizer=SGD(lr=20.0),
         clipping_norm=0.1,
-        averaging=Averaging(decay=0.95),
         plain_lr=0.5,
+        lr_schedule=LrSchedule(),
     ),
     Case(
         "adult_eps1",
@@ -140,14 +141,12 @@ CASES: Final = (
         adult,
         lambda: perceptron(47, 64, 2),
         epsilon=1.0,
-        delta=1e-5,
         least=83.0,
         batch=2048,
         steps=350,
         optimizer=SGD(lr=0.5, momentum=0.9),
         clipping_norm=2.0,
-        averaging=Averaging(decay=0.95),
-        plain_lr=0.1,
+        lr_schedule=LrSchedule(),
     ),
     Case(
         "mnist_mlp_eps1",
@@ -155,15 +154,11 @@ CASES: Final = (
         pooled_mnist,
         lambda: perceptron(196, 256, 10),
         epsilon=1.0,
-        delta=1e-5,
         least=93.0,
         batch=2048,
         steps=1170,
         optimizer=SGD(lr=0.33, momentum=0.9),
         clipping_norm=1.0,
-        averaging=Averaging(decay=0.95),
-        plain_lr=0.1,
-        lr_schedule=LrSchedule(decay="linear"),
     ),
     Case(
         "mnist_cnn_eps293",
@@ -171,15 +166,12 @@ CASES: Final = (
         normalized_mnist,
         convolutional,
         epsilon=2.93,
-        delta=1e-5,
         least=98.0,
         batch=2048,
         steps=1172,
         optimizer=SGD(lr=9.0, momentum=0.9),
         clipping_norm=0.1,
         averaging=Averaging(decay=0.98),
-        plain_lr=0.1,
-        lr_schedule=LrSchedule(decay="linear"),
         physical_batch=256,
     ),
     Case(
@@ -188,15 +180,11 @@ CASES: Final = (
         scattered_mnist,
         lambda: nn.Linear(CHANNELS * 16, 10),
         epsilon=2.93,
-        delta=1e-5,
         least=98.0,
         batch=4096,
         steps=586,
         optimizer=SGD(lr=20.0, momentum=0.9),
         clipping_norm=0.1,
-        averaging=Averaging(decay=0.95),
-        plain_lr=0.1,
-        lr_schedule=LrSchedule(decay="linear"),
     ),
 )
 

@@ -418,11 +418,6 @@ def create_hierarchy(folder: Path, product: Product = "Milan") -> SimulatedRoot:
     return chip.root
 
 
-def load_root(folder: Path) -> SimulatedRoot:
-    """The public facts of the chip in ``folder``. Raises :class:`SetupError` as :meth:`SimulatedChip.load`."""
-    return SimulatedChip.load(folder).root
-
-
 def _require_private(folder: Path) -> None:
     status = folder.stat()
     if status.st_mode & 0o077 or status.st_uid != os.geteuid():

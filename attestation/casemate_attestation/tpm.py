@@ -17,7 +17,6 @@ from casemate_schemas.errors import MalformedError, SetupError, TooLargeError, U
 ALG_SHA256: Final = 0x000B
 ALG_RSASSA: Final = 0x0014
 ALG_RSAPSS: Final = 0x0016
-PCR_BYTES: Final = 32
 
 MAX_RESPONSE_BYTES: Final = 4096
 """What Linux' TPM character devices carry at most."""

@@ -23,7 +23,7 @@ from casemate_schemas.errors import (
 )
 
 from .metrics import METHODS, Metrics
-from .tracing import OFF, Tracing
+from .tracing import Tracing
 
 JOB_ID: Final = web.RequestKey("job_id", str)
 """Which job a submission turned out to be about."""
@@ -72,7 +72,7 @@ def http_problem(error: web.HTTPException) -> web.Response:
     return problem_response(error.status, reason, HTTPStatus(error.status).description or error.reason, headers)
 
 
-def error_boundary(log: ProgramLog, metrics: Metrics, tracing: Tracing = OFF) -> Middleware:
+def error_boundary(log: ProgramLog, metrics: Metrics, tracing: Tracing) -> Middleware:
     """The outermost layer: whatever a handler raises becomes a problem, and every request one line in the log, and one span.
 
     Of an error that nobody foresaw the class is logged, and nothing of it is told.

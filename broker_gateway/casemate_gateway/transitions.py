@@ -13,20 +13,13 @@ from casemate_schemas.job_state import TERMINAL, JobRecord, JobState, advance, e
 
 
 class Transitions:
-    """Creates jobs and moves them. An event that could not be stored is made up for by :meth:`tell_end`."""
+    """Moves jobs, and tells of them. An event that could not be stored is made up for by :meth:`tell_end`."""
 
     def __init__(self, jobs: JobStore, events: JobEvents, log: ProgramLog, clock: Callable[[], int]) -> None:
         self._jobs = jobs
         self._events = events
         self._log = log
         self._clock = clock
-
-    async def create(self, record: JobRecord) -> tuple[JobRecord, int, bool]:
-        """(record as stored, revision, whether it is new). Raises as :meth:`JobStore.create`."""
-        stored, revision, new = await self._jobs.create(record)
-        if new:
-            await self.tell(stored)
-        return stored, revision, new
 
     async def move(self, job_id: str, state: JobState, **changes: Any) -> JobRecord:
         """Moves the job to ``state``; where it is already, nothing happens.

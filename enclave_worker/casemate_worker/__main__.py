@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -94,6 +95,8 @@ async def _serve(consortia: Sequence[Settings], log: ProgramLog) -> None:
         loop.add_signal_handler(number, event.set)
     async with contextlib.AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(_worker(settings, log, stop)) for settings in consortia]
+        gc.collect()
+        gc.freeze()  # what was loaded so far stays: no later collection, in the midst of a job, looks through it
         await serve_in_turn(workers, stop, drain)
 
 

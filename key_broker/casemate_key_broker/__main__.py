@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from casemate_attestation.guest import KeyedGuest
 from casemate_messaging.connection import connect
+from casemate_messaging.files import read_file
 from casemate_messaging.ledger_heads import LedgerHeadStore
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.manifests import ManifestFollower, ManifestStore, TrustedManifests
 from casemate_messaging.programs import run_program
 from casemate_messaging.revocations import RevocationFollower, RevocationStore, TrustedRevocations
-from casemate_messaging.rpc import Handler, serve
-from casemate_messaging.settings import read_file
+from casemate_messaging.rpc import serve
 from casemate_messaging.tasks import end
 from casemate_schemas import subjects
 from casemate_schemas.consortium import Consortium
 from casemate_schemas.errors import (
-    AuthenticationError,
-    CasemateError,
-    IntegrityError,
     ManifestError,
     SetupError,
     UnavailableError,
@@ -44,26 +38,12 @@ from .anchoring import Anchoring
 from .backups import back_up
 from .clock import MonotoneClock
 from .database import Database, State
+from .handlers import Handlers
 from .party import Party, keep_revocation, known_revocations, pin, pin_consortium
 from .revocation import ListName, RevocationLists, lists_for
 from .seed_shares import SeedSecrets
 from .service import KeyBroker, Limits
 from .settings import Settings
-
-Operation = Callable[[bytes], bytes]
-
-_ASKED_BY_PEOPLE: Final = frozenset({"precheck", "message"})
-"""A person knows the newest manifest, for a new member's delegation, before the key broker has looked for it."""
-
-_MOVING: Final = frozenset({"precheck", "message", "grant", "commit"})
-"""Operations that move the state."""
-
-_DECIDING: Final = _MOVING - {"message"}
-"""Of these, those that a state that was set back never answers. By messages its owners look at it, and endorse it."""
-
-
-_JUDGES: Final = 4
-"""Threads for prechecks; accounting may keep a core busy for seconds."""
 
 
 def now_ms() -> int:
@@ -160,6 +140,7 @@ async def _serve(program: Program, settings: Settings, client: Client, log: Prog
         if client.is_closed:
             raise UnavailableError("NATS ended the connection for good: is the nkey still allowed?")
     finally:
+        handlers.close()
         await end((*following, refreshing))
 
 
@@ -290,114 +271,6 @@ def open_key_broker(
     return program
 
 
-class Handlers:
-    """The operations off the event loop, each answer logged by its reason code; a broken state stops the program."""
-
-    def __init__(
-        self,
-        broker: Callable[[], KeyBroker],
-        catch_up: Callable[[], Awaitable[bool]],
-        log: ProgramLog,
-        stop: asyncio.Event,
-        *,
-        attester: hosted.Attester | None = None,
-        anchoring: Anchoring | None = None,
-        max_concurrency: int = 16,
-    ) -> None:
-        """``broker`` gives the key broker as it is now; ``catch_up`` takes a newer manifest up, if there is one.
-
-        ``attester`` answers for a hosted one. ``anchoring`` keeps the ledger's head where others see it. Prechecks, which
-        anyone can make take seconds, are given at most half of ``max_concurrency`` places, and threads of their own.
-        """
-        operations: dict[str, Callable[[], Operation]] = {
-            "precheck": lambda: broker().precheck,
-            "message": lambda: broker().message,
-            "nonce": lambda: broker().nonce,
-            "grant": lambda: broker().grant,
-            "commit": lambda: broker().commit,
-        }
-        if attester is not None:
-            operations["evidence"] = lambda: attester.evidence
-        self.by_op: dict[str, Handler] = {op: self._handler(op, operation) for op, operation in operations.items()}
-        self._judging = ThreadPoolExecutor(_JUDGES, thread_name_prefix="precheck")
-        self._judged = 0
-        self._max_judged = max(1, max_concurrency // 2)
-        self._anchoring = anchoring
-        self._catch_up = catch_up
-        self._log = log
-        self._stop = stop
-        self._failure: IntegrityError | None = None
-
-    def raise_for_failure(self) -> None:
-        """Raises the :class:`IntegrityError` that stopped the program, if one did."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _handler(self, op: str, operation: Callable[[], Operation]) -> Handler:
-        async def handle(payload: bytes) -> bytes:
-            start = time.monotonic()
-            try:
-                if self._failure is not None:
-                    raise UnavailableError("stopping")
-                with self._place(op):
-                    answer = await self._anchored(op, operation, payload)
-            except IntegrityError as error:
-                self._failure = error
-                self._stop.set()
-                raise
-            except CasemateError as error:
-                self._log.warning("refused", op=op, reason=error.reason, duration_ms=_since(start))
-                raise
-            self._log.info("answered", op=op, duration_ms=_since(start))
-            return answer
-
-        return handle
-
-    async def _anchored(self, op: str, operation: Callable[[], Operation], payload: bytes) -> bytes:
-        """The answer, once the newest head was met before it and the head after it was left."""
-        if self._anchoring is None or op not in _MOVING:
-            return await self._answered(op, operation, payload)
-        await self._anchoring.meet()
-        try:
-            answer = await self._answered(op, operation, payload)
-        except IntegrityError:
-            raise  # of a broken state there is nothing to leave
-        except CasemateError:
-            await self._anchoring.leave(decided=False)
-            raise
-        await self._anchoring.leave(decided=op in _DECIDING)
-        return answer
-
-    async def _answered(self, op: str, operation: Callable[[], Operation], payload: bytes) -> bytes:
-        """The answer. Whoever is refused for what a newer manifest may say otherwise is judged by that one, if there is one."""
-        try:
-            return await self._off_the_loop(op, operation(), payload)
-        except (AuthenticationError, ManifestError, UnavailableError):
-            if op not in _ASKED_BY_PEOPLE or not await self._catch_up():
-                raise
-        return await self._off_the_loop(op, operation(), payload)
-
-    async def _off_the_loop(self, op: str, operation: Operation, payload: bytes) -> bytes:
-        """The answer, from a thread: whatever there is to judge, no other operation waits for it."""
-        if op != "precheck":
-            return await asyncio.to_thread(operation, payload)
-        return await asyncio.get_running_loop().run_in_executor(self._judging, operation, payload)
-
-    @contextlib.contextmanager
-    def _place(self, op: str) -> Iterator[None]:
-        """One of the places for such operations. Raises :class:`UnavailableError` if all are taken."""
-        if op != "precheck":
-            yield
-            return
-        if self._judged >= self._max_judged:
-            raise UnavailableError("judging other jobs: ask again")
-        self._judged += 1
-        try:
-            yield
-        finally:
-            self._judged -= 1
-
-
 def _keys_in(path: Path) -> KeyRing:
     return KeyRing.from_text(read_file(path, MAX_FILE_BYTES, private=True).decode("ascii", "replace"))
 
@@ -412,10 +285,6 @@ def _backups(settings: Settings, database: State) -> Callable[[int], tuple[str, 
 
 def _trust_own_clock(_: int) -> None:
     """A member-run key broker's clock is its owner's."""
-
-
-def _since(start: float) -> float:
-    return round((time.monotonic() - start) * 1000, 1)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from casemate_messaging.files import sync
 from casemate_schemas.errors import ConflictError, SetupError
 
 from . import audit_log
@@ -41,9 +41,9 @@ def back_up(database: Database, state_dir: Path, to: Path, now: int) -> tuple[st
         database.back_up(draft / FILE_NAME)  # 1
         _copy_rest(state_dir, draft)  # 2
         for path in (*sorted(draft.iterdir()), draft):  # 3
-            _sync(path)
+            sync(path)
         draft.rename(whole)
-        _sync(to)
+        sync(to)
     except OSError as error:
         raise SetupError(f"the backup {whole} could not be written: {error.strerror}") from error
     finally:
@@ -56,11 +56,3 @@ def _copy_rest(state_dir: Path, draft: Path) -> None:
     for path in sorted(state_dir.iterdir()):
         if path.is_file() and not path.name.startswith(FILE_NAME):
             shutil.copy2(path, draft / path.name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
+from casemate_messaging.files import sync
 from casemate_schemas.codec import domain_digest, pack, unpack
 from casemate_schemas.errors import CasemateError, IntegrityError, MalformedError, SetupError, StorageFullError
 from cryptography.exceptions import InvalidTag
@@ -375,11 +376,7 @@ def _put_in_place(descriptor: int, data: bytes, draft: Path, path: Path) -> None
         raise _failure(error) from error
     try:
         draft.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except OSError as error:
         raise IntegrityError("the sealed state cannot be written") from error
 

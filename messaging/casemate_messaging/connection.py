@@ -9,7 +9,7 @@ import logging
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import nats.errors
@@ -26,10 +26,9 @@ from casemate_schemas.errors import (
 )
 from casemate_schemas.subjects import inbox_prefix
 from nats.aio.client import Client
-from nats.js import JetStreamContext
 
+from .files import check_private
 from .server import public_user_key
-from .settings import check_private
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +173,13 @@ async def repeated(action: Callable[[], Awaitable[T]]) -> T:
     return await action()
 
 
-async def publish_once(js: JetStreamContext, subject: str, payload: bytes) -> bool:
+class Publishes(Protocol):
+    """Publishes to a stream, and returns once that has acknowledged: nats-py's context, or a ``Publisher`` of ours."""
+
+    def publish(self, subject: str, payload: bytes, /) -> Awaitable[object]: ...
+
+
+async def publish_once(js: Publishes, subject: str, payload: bytes) -> bool:
     """Publishes to a stream that keeps one message per subject and lets nobody replace it; False if there is one.
 
     After a broken connection the one that is there may be this very call's. Raises errors of NATS.

@@ -16,8 +16,9 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from .connection import REQUEST_TIMEOUT_S, settle, translated
+from .connection import settle, translated
 from .direct import read_batch
+from .publishing import Publisher
 
 MAX_EVENT_BYTES: Final = 4096
 _BATCH: Final = 256
@@ -28,7 +29,7 @@ class EventLog:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self._publisher = Publisher(client)
         self._followers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._subscription: Subscription | None = None
         self._listening = asyncio.Lock()
@@ -39,7 +40,7 @@ class EventLog:
         Raises :class:`StorageFullError`, :class:`UnavailableError`.
         """
         with translated("publishing an event"):
-            return (await self._js.publish(subjects.event(event.job_id), encode(event))).seq
+            return await self._publisher.publish(subjects.event(event.job_id), encode(event))
 
     async def replay(self, job_id: str, after: int = 0) -> AsyncIterator[tuple[int, JobEvent]]:
         """(sequence, event) of all stored events of the job with a sequence over ``after``, oldest first.

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final
+from typing import Final
 
 import nats.js.errors
 from casemate_schemas import subjects
@@ -15,10 +15,10 @@ from casemate_schemas.errors import CasemateError, ConflictError, IntegrityError
 from casemate_schemas.job_state import TERMINAL, JobRecord
 from nats.aio.client import Client
 from nats.js.api import Header
-from nats.js.kv import KeyValue
 
 from .connection import REQUEST_TIMEOUT_S, repeated, translated
 from .direct import REPLICA_LAG_S, read_all, read_last
+from .publishing import Publisher
 
 MAX_RECORD_BYTES: Final = 900 << 10
 _MAX_TRIES: Final = 64
@@ -44,6 +44,7 @@ class JobStore:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self._publisher = Publisher(client)
         self._written: OrderedDict[str, Known] = OrderedDict()
 
     async def create(self, record: JobRecord) -> tuple[JobRecord, int, bool]:
@@ -105,8 +106,8 @@ class JobStore:
 
     async def _put(self, job_id: str, data: bytes, revision: int) -> int:
         """Raises errors of NATS unless the record is at ``revision``, 0 for none."""
-        headers: dict[str, Any] = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE: str(revision)}
-        return (await self._js.publish(subjects.job_record(job_id), data, headers=headers)).seq
+        headers = {Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(revision)}
+        return await self._publisher.publish(subjects.job_record(job_id), data, headers)
 
     async def change(
         self, job_id: str, fn: Callable[[JobRecord], JobRecord], *, known: Known | None = None
@@ -188,22 +189,6 @@ class JobStore:
                     continue
                 yield record, stored.sequence
 
-    async def watch(self, job_id: str) -> AsyncIterator[tuple[JobRecord, int]]:
-        """A job's record as it is and after each change, for ever; a slow reader skips revisions.
-
-        For the gateway: workers have no permission. Close the iterator (``aclosing``) when done.
-        """
-        bucket, stream = subjects.JOB_BUCKETS[subjects.job_shard(job_id)], subjects.job_stream(job_id)
-        kv = KeyValue(name=bucket, stream=stream, pre=f"$KV.{bucket}.", js=self._js, direct=True)
-        with translated("watching jobs"):
-            watcher = await kv.watch(job_id, ignore_deletes=True)
-        try:
-            async for entry in watcher:
-                if entry is not None:
-                    yield _record(entry)
-        finally:
-            await watcher.stop()  # type: ignore[no-untyped-call]
-
 
 def _bytes(record: JobRecord) -> bytes:
     data = encode(record)
@@ -217,12 +202,6 @@ def _decoded(data: bytes) -> JobRecord:
         return decode(JobRecord, data, max_bytes=MAX_RECORD_BYTES)
     except MalformedError as error:
         raise IntegrityError("the stored record of a job is broken") from error
-
-
-def _record(entry: KeyValue.Entry) -> tuple[JobRecord, int]:
-    if entry.revision is None:
-        raise IntegrityError(f"the stored record of job {entry.key} has no revision")
-    return _owned(_decoded(entry.value or b""), entry.key), entry.revision
 
 
 def _owned(record: JobRecord, key: str) -> JobRecord:

@@ -38,9 +38,9 @@ from nats.aio.client import Client
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
 from .direct import read_last
-from .files import write_durably
+from .files import read_file, write_durably
 from .logs import ProgramLog
-from .settings import ProgramSettings, read_file
+from .settings import ProgramSettings
 
 FILE_NAME: Final = "manifests"
 

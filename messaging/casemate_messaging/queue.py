@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Final, Literal
@@ -20,9 +19,14 @@ from nats.aio.subscription import Subscription
 from pydantic import Field
 
 from .connection import REQUEST_TIMEOUT_S, publish_once, translated
+from .publishing import Publisher
 from .tasks import end
 
 _MAX_ITEM_BYTES: Final = 128 << 10
+_ROOM_BYTES: Final = 256
+"""What a message of the queue holds beside a record."""
+_SHORT_REPLY: Final = 9
+_MAX_DIGITS: Final = 18
 _ANSWER_S: Final = 2.0
 _NOTHING: Final = frozenset({"404", "408"})
 """There is nothing, or there was nothing until the wish expired."""
@@ -36,7 +40,8 @@ class WorkItem(WireModel):
     version: Literal[1] = 1
     job_id: Name
     revision: Annotated[int, Field(ge=1)] | None = None
-    record: JobRecord | None = None
+    record: Annotated[bytes, Field(max_length=_MAX_ITEM_BYTES)] | None = None
+    """A :class:`JobRecord`, encoded."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,15 @@ class Delivery:
     known: tuple[JobRecord, int] | None = None
 
     async def ack(self) -> None:
-        """The job is done: removes it, and waits until the server has said so (double ack).
+        """The job is done: removes it. Nothing waits for the server's word on that, for nothing hangs on it.
 
-        Raises :class:`UnavailableError` if it did not say so, as after a crash in which it forgot the delivery; the job
-        may then be delivered again.
+        What has been done is in the job's record, on the disk before this. An acknowledgement that is lost on its way, or
+        forgotten in a crash, costs one more delivery: whoever gets that reads that the job has ended, and acknowledges again.
+
+        Raises :class:`UnavailableError` if there is no connection any more to send it on.
         """
         with translated("acknowledging a job"):
-            await self._message.ack_sync(timeout=REQUEST_TIMEOUT_S)
+            await self._message.ack()
 
     async def nak(self, delay_s: float) -> None:
         """Not now: deliver again after ``delay_s`` seconds."""
@@ -104,10 +111,12 @@ class WorkQueue:
 
     def __init__(self, client: Client, resource_class: ResourceClass = "cpu") -> None:
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT_S)
+        self._publisher = Publisher(client)
         self._resource_class = resource_class
         self._stream = subjects.work_stream(resource_class)
         self._client = client
         self._inbox: Subscription | None = None
+        self._arrived = asyncio.Queue[Msg]()
 
     async def publish(self, job_id: str, known: tuple[JobRecord, int] | None = None) -> bool:
         """Queues a job; False if it is already queued or being worked on (or by this call, had NATS broken off).
@@ -119,7 +128,7 @@ class WorkQueue:
         """
         subject = subjects.work(self._resource_class, job_id)
         with translated("queueing a job"):
-            return await publish_once(self._js, subject, _item(job_id, known))
+            return await publish_once(self._publisher, subject, _item(job_id, known))
 
     async def backlog(self) -> Backlog:
         """How full the queue is. For the gateway: workers have no permission. Raises :class:`UnavailableError`."""
@@ -140,15 +149,13 @@ class WorkQueue:
 
         Raises :class:`UnavailableError` if NATS cannot be asked.
         """
-        wish = {"batch": 1, "expires": int(timeout_s * 1e9)} if timeout_s else {"batch": 1, "no_wait": True}
+        wish = b'{"batch":1,"expires":%d}' % int(timeout_s * 1e9) if timeout_s else b'{"batch":1,"no_wait":true}'
         with translated("pulling a job"):
-            if self._inbox is None:
-                self._inbox = await self._client.subscribe(self._client.new_inbox())
-            await self._client.publish(
-                subjects.next_delivery(self._resource_class), json.dumps(wish).encode(), reply=self._inbox.subject
-            )
+            inbox = self._inbox or await self._listen()
+            await self._client.publish(subjects.next_delivery(self._resource_class), wish, reply=inbox.subject)
             try:
-                message = await self._inbox.next_msg(timeout_s + _ANSWER_S)
+                async with asyncio.timeout(timeout_s + _ANSWER_S):
+                    message = await self._arrived.get()
             except TimeoutError as error:
                 await self.close()  # an answer that comes later finds nobody, and the job goes to another
                 raise UnavailableError("the work queue does not answer") from error
@@ -165,12 +172,17 @@ class WorkQueue:
             with translated("leaving the queue"):
                 await inbox.unsubscribe()
 
+    async def _listen(self) -> Subscription:
+        """An inbox of its own: what is delivered comes under the job's subject and not under that of the wish."""
+        self._arrived = asyncio.Queue()
+        self._inbox = await self._client.subscribe(self._client.new_inbox(), cb=self._arrived.put)
+        return self._inbox
+
     async def _delivery(self, message: Msg) -> Delivery | None:
         """What the message says; one that names no job is removed, for no later delivery would be better."""
         try:
             item = decode(WorkItem, message.data, max_bytes=_MAX_ITEM_BYTES)
-            with translated("reading a delivery"):
-                return Delivery(item.job_id, message.metadata.num_delivered, message, _known(item))
+            return Delivery(item.job_id, _count(message.reply), message, _known(item))
         except MalformedError:
             with translated("removing a malformed delivery"):
                 await message.term()
@@ -179,14 +191,28 @@ class WorkQueue:
 
 def _item(job_id: str, known: tuple[JobRecord, int] | None) -> bytes:
     """A record that is large is left to be read."""
-    if known is not None:
-        whole = encode(WorkItem(job_id=job_id, revision=known[1], record=known[0]))
-        if len(whole) <= _MAX_ITEM_BYTES:
-            return whole
+    if known is not None and len(record := encode(known[0])) <= _MAX_ITEM_BYTES - _ROOM_BYTES:
+        return encode(WorkItem(job_id=job_id, revision=known[1], record=record))
     return encode(WorkItem(job_id=job_id))
 
 
 def _known(item: WorkItem) -> tuple[JobRecord, int] | None:
-    if item.record is None or item.revision is None or item.record.job_id != item.job_id:
+    """A record that cannot be read, or is another job's, is no guess: the one that is stored will be read."""
+    if item.record is None or item.revision is None:
         return None
-    return item.record, item.revision
+    with contextlib.suppress(MalformedError):
+        record = decode(JobRecord, item.record, max_bytes=_MAX_ITEM_BYTES)
+        return (record, item.revision) if record.job_id == item.job_id else None
+    return None
+
+
+def _count(reply: str) -> int:
+    """Which delivery it is, as the subject of its acknowledgement says (NATS ADR-15: 9 tokens, or 11 and more).
+
+    Raises :class:`MalformedError`.
+    """
+    tokens = reply.split(".", 12)
+    count = tokens[4] if len(tokens) == _SHORT_REPLY else tokens[6] if len(tokens) > _SHORT_REPLY else ""
+    if not (count.isascii() and count.isdecimal() and len(count) <= _MAX_DIGITS):
+        raise MalformedError("a delivery does not say which one it is")
+    return int(count)

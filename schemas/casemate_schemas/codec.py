@@ -51,7 +51,10 @@ M = TypeVar("M", bound=WireModel)
 
 def pack(value: Any) -> bytes:
     """Canonical msgpack of ``value``. Raises :class:`MalformedError` for what has no canonical form."""
-    return bytes(msgpack.packb(_canonical(value, MAX_DEPTH), use_bin_type=True))
+    try:
+        return bytes(msgpack.packb(_canonical(value, MAX_DEPTH), use_bin_type=True))
+    except OverflowError as error:
+        raise MalformedError("integer outside 64 bits") from error
 
 
 def unpack(data: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:
@@ -119,27 +122,30 @@ def _where(error: ValidationError | RecursionError) -> str:
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
-_PLAIN: Final = frozenset({type(None), bool, bytes, str})
-"""Types of most values, which are their own canonical form."""
+_PLAIN: Final = frozenset({type(None), bool, bytes, int, str})
+"""Types of most values, which are their own canonical form; msgpack itself refuses an integer outside 64 bits."""
+
+_TEXT: Final = frozenset({str})
 
 
 def _canonical(value: Any, depth: int) -> Any:
+    """Looked at for every message there is: what is plain within a map or a list takes no call of its own."""
     if depth == 0:
         raise MalformedError(f"nested deeper than {MAX_DEPTH}")
-    if type(value) in _PLAIN or isinstance(value, bytes | str):
-        return value
-    if isinstance(value, int):
-        if not -(1 << 63) <= value < 1 << 64:
-            raise MalformedError("integer outside 64 bits")
+    if type(value) in _PLAIN or isinstance(value, bytes | str | int):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
             raise MalformedError("floats must be finite")
         return value
+    if depth == 1 and isinstance(value, dict | list | tuple) and value:
+        raise MalformedError(f"nested deeper than {MAX_DEPTH}")
     if isinstance(value, list | tuple):
-        return [_canonical(item, depth - 1) for item in value]
+        return [item if type(item) in _PLAIN else _canonical(item, depth - 1) for item in value]
     if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
+        if not _TEXT.issuperset(map(type, value)) and not all(isinstance(key, str) for key in value):
             raise MalformedError("map keys must be text")
-        return {key: _canonical(value[key], depth - 1) for key in sorted(value)}
+        return {
+            key: item if type(item := value[key]) in _PLAIN else _canonical(item, depth - 1) for key in sorted(value)
+        }
     raise MalformedError(f"no canonical form for {type(value).__name__}")

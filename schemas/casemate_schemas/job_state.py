@@ -195,4 +195,4 @@ def _changed(record: JobRecord, now_ms: int, changes: dict[str, Any], **own: Any
     """A validated copy; times never run backwards."""
     if fixed := sorted(_FIXED & changes.keys()):
         raise StateError(f"fields that never change, or only with the state: {', '.join(fixed)}")
-    return JobRecord.model_validate({**dict(record), **changes, **own, "updated": max(now_ms, record.updated)})
+    return JobRecord.model_validate({**record.__dict__, **changes, **own, "updated": max(now_ms, record.updated)})

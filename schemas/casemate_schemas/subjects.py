@@ -302,10 +302,7 @@ def gateway_permissions(user: str = "gateway") -> Permissions:
             *(f"$JS.API.STREAM.MSG.DELETE.{stream}" for stream in JOB_STREAMS),
             *(f"$JS.API.CONSUMER.CREATE.{work_stream(c)}.{WORKER_CONSUMER}.>" for c in RESOURCE_CLASSES),
             *(f"$JS.API.CONSUMER.INFO.{work_stream(c)}.{WORKER_CONSUMER}" for c in RESOURCE_CLASSES),
-            *(f"$JS.API.CONSUMER.CREATE.{stream}" for stream in JOB_STREAMS),
-            *(f"$JS.API.CONSUMER.INFO.{stream}.*" for stream in JOB_STREAMS),
             *(f"$JS.API.DIRECT.GET.{stream}" for stream in _READ_THROUGH),
-            *(f"$JS.FC.{stream}.>" for stream in JOB_STREAMS),
             SERVER_STATUS,
         ),
         subscribe=(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -119,6 +120,22 @@ class Session:
                 return await self._ask_once(broker, question, answer, about)
             except UnavailableError as error:
                 await patience.wait(error)
+
+    async def ask_all(
+        self, brokers: Sequence[KeyBroker], question: Question, answer: type[_R]
+    ) -> tuple[list[tuple[KeyBroker, _R]], dict[str, str]]:
+        """What each answers, asked at once; and of those that are away, by id, why. Raises as :meth:`ask` for a wrong answer."""
+        answers = await asyncio.gather(*(self.ask(b, question, answer) for b in brokers), return_exceptions=True)
+        found: list[tuple[KeyBroker, _R]] = []
+        unavailable: dict[str, str] = {}
+        for broker, said in zip(brokers, answers, strict=True):
+            if isinstance(said, UnavailableError):
+                unavailable[broker.id] = str(said)
+            elif isinstance(said, BaseException):
+                raise said
+            else:
+                found.append((broker, said))
+        return found, unavailable
 
     async def _ask_once(self, broker: KeyBroker, question: Question, answer: type[_R], about: str | None) -> _R:
         """Each time under a new id, since a key broker takes an id once. Every question may be asked again."""

@@ -115,18 +115,8 @@ class ApprovalRequest:
 async def list_approvals(session: Session) -> PendingApprovals:
     """What waits for this person, or for their member's data, at any key broker. Raises the error of one that answers wrongly."""
     brokers = session.consortium.manifest.key_brokers
-    answers = await asyncio.gather(
-        *(session.ask(broker, ListApprovals(), ApprovalListing) for broker in brokers), return_exceptions=True
-    )
-    pending: list[tuple[str, PendingApproval]] = []
-    unavailable: dict[str, str] = {}
-    for broker, answer in zip(brokers, answers, strict=True):
-        if isinstance(answer, UnavailableError):
-            unavailable[broker.id] = str(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            pending += ((broker.id, item) for item in answer.pending)
+    answers, unavailable = await session.ask_all(brokers, ListApprovals(), ApprovalListing)
+    pending = [(broker.id, item) for broker, listing in answers for item in listing.pending]
     return PendingApprovals(tuple(sorted(pending, key=lambda item: item[1].deadline)), unavailable)
 
 

@@ -71,6 +71,7 @@ from .parameters import (
     parameter_errors,
 )
 from .state import State, default_state_dir
+from .training_request import TrainingRequest
 
 
 class FirstContactWarning(UserWarning):
@@ -452,7 +453,7 @@ class Consortium:
         :class:`~casemate_schemas.errors.DatasetError`, :class:`~casemate_schemas.errors.BudgetError`,
         :class:`~casemate_schemas.errors.ConflictError`, or the gateway's problem. Nothing is charged by submitting.
         """
-        request = _planning.TrainingRequest(
+        request = TrainingRequest(
             model=model,
             datasets=tuple(datasets),
             target=target,

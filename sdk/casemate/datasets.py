@@ -122,18 +122,8 @@ async def list_datasets(session: Session, brokers: Iterable[KeyBroker] | None = 
     A key broker that is away is named in the answer. Raises the typed error of one that answers wrongly.
     """
     asked = tuple(session.consortium.manifest.key_brokers if brokers is None else brokers)
-    answers = await asyncio.gather(
-        *(session.ask(broker, ListDatasets(), DatasetListing) for broker in asked), return_exceptions=True
-    )
-    found: list[Dataset] = []
-    unavailable: dict[str, str] = {}
-    for broker, answer in zip(asked, answers, strict=True):
-        if isinstance(answer, UnavailableError):
-            unavailable[broker.id] = str(answer)
-        elif isinstance(answer, BaseException):
-            raise answer
-        else:
-            found += (_checked(session, broker, offer) for offer in answer.datasets)
+    answers, unavailable = await session.ask_all(asked, ListDatasets(), DatasetListing)
+    found = [_checked(session, broker, offer) for broker, listing in answers for offer in listing.datasets]
     return Datasets(tuple(sorted(found, key=lambda item: item.id)), unavailable)
 
 

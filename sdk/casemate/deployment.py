@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import json
-import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
 from casemate_messaging.accounts import User, accounts
+from casemate_messaging.files import create_private, read_file
 from casemate_messaging.server import MAX_PAYLOAD_BYTES, ServerTls, create_user_key
-from casemate_messaging.settings import read_file
 from casemate_schemas.codec import Name, decode, encode
 from casemate_schemas.consortium import MAX_CHAIN_BYTES, Consortium, ManifestChain, verify_versions
 from casemate_schemas.errors import SetupError
@@ -132,12 +131,12 @@ def write_deployment(plan: DeploymentPlan, out: Path) -> list[Path]:
         for server in plan.nats:  # 3
             folder = out / "nats" / server.name
             folder.mkdir(mode=0o700)
-            _write(folder / "nats-server.json", json.dumps(nats_config(plan, server, users), indent=2).encode())
+            create_private(folder / "nats-server.json", json.dumps(nats_config(plan, server, users), indent=2).encode())
         for (role, name), values in settings.items():  # 4
             folder = out / _folder(role, name)
-            _write(folder / "manifest.bin", encode(chain))
+            create_private(folder / "manifest.bin", encode(chain))
             lines = (f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-            _write(folder / "settings.toml", "".join(lines).encode())
+            create_private(folder / "settings.toml", "".join(lines).encode())
     except OSError as error:
         raise SetupError(f"cannot write into {out}, which must not exist yet: {error.strerror}") from error
     return [*(out / _folder(*key) for key in settings), *(out / "nats" / server.name for server in plan.nats)]
@@ -221,14 +220,6 @@ def _common(plan: DeploymentPlan, home: Path, role: str, name: str) -> dict[str,
 
 def _folder(role: str, name: str) -> Path:
     return Path(_FOLDERS[role]) / name
-
-
-def _write(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _is_loopback(host: str) -> bool:

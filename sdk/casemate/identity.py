@@ -6,7 +6,9 @@ import os
 import stat
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+from casemate_messaging.files import create_private
 from casemate_schemas.codec import UnixMs
 from casemate_schemas.errors import AuthenticationError, SetupError
 from casemate_schemas.identity import MAX_DELEGATION_MS, Delegation, Role
@@ -67,11 +69,7 @@ def load_keys(path: str | os.PathLike[str]) -> KeyRing:
 def save_keys(path: str | os.PathLike[str], keys: KeyRing) -> None:
     """Write a new private key file that only its owner can read. Never overwrites: raises :class:`SetupError`."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(keys.to_text())
-            file.flush()
-            os.fsync(file.fileno())
+        create_private(Path(path), keys.to_text().encode("ascii"))
     except OSError as error:
         raise SetupError(f"cannot write the private key file {path}: {error.strerror}") from error
 

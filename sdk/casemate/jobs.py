@@ -37,9 +37,10 @@ from ._session import Session
 from ._transfers import download
 from .datasets import find_datasets, upload_sealed
 from .parameters import parameter_errors
-from .planning import TrainingRequest, begins_ms, check_request, is_job_id, plan_training
+from .planning import plan_training
 from .results import Result, open_result
 from .state import SubmittedJob
+from .training_request import TrainingRequest, check_request, is_job_id
 from .verification import MAX_RESULT_BYTES, Bundle, Expected
 
 if TYPE_CHECKING:
@@ -74,12 +75,13 @@ async def train(session: Session, request: TrainingRequest) -> Job:
         _check_same_job(known, spec, weights, request)
         return await submit(session, known.submission, job_id)
     signed_terms = sign_terms(session, spec, weights, deadline_s=request.deadline_s)  # 5
-    begins = _begins(request)
-    if begins is not None and begins >= signed_terms.peek(Terms).deadline:
+    if request.begins is not None and request.begins >= signed_terms.peek(Terms).deadline:
         raise ParameterError(
             f"not_before: the job would begin after its deadline, {request.deadline_s:g} s from now: give a longer deadline_s"
         )
-    submission = await seal_job(session, spec, signed_terms, weights, priority=request.priority, not_before=begins)
+    submission = await seal_job(
+        session, spec, signed_terms, weights, priority=request.priority, not_before=request.begins
+    )
     mine = SubmittedJob(job_id=job_id, salt=salt, terms=signed_terms, submission=submission)
     kept = session.state.remember_job(mine)  # 6
     if kept != mine:
@@ -331,14 +333,10 @@ class Job:
         return f"<Job {self.id}{' SIMULATED' if self._session.simulation else ''}>"
 
 
-def _begins(request: TrainingRequest) -> int | None:
-    return None if request.not_before is None else begins_ms(request.not_before)
-
-
 def _check_same_job(known: SubmittedJob, spec: JobSpec, weights: bytes, request: TrainingRequest) -> None:
     terms, routing = known.terms.peek(Terms), known.submission.routing.peek(Routing)
     same = terms.job_spec_commitment == digest_of(spec)
-    same = same and (routing.priority, routing.not_before) == (request.priority, _begins(request))
+    same = same and (routing.priority, routing.not_before) == (request.priority, request.begins)
     if not same or terms.initial_weights_commitment != weights_commitment(spec, weights):
         raise ConflictError(f"another job was submitted as {spec.job_id}: give this one an id of its own, or none")
 

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from fractions import Fraction
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 from casemate_privacy.accounting import epsilon
 from casemate_privacy.calibration import noise_multiplier
@@ -20,148 +18,21 @@ from casemate_privacy.rounding import exact_clipping_norm, hardened_clipping_nor
 from casemate_privacy.shapes import JobShape
 from casemate_privacy.statement import check_accountable
 from casemate_schemas import job as wire
-from casemate_schemas.admission import Priority
 from casemate_schemas.codec import digest_of
 from casemate_schemas.dataset import Column, DatasetCard
 from casemate_schemas.errors import BudgetError, DatasetError, ModelError, ParameterError
-from casemate_schemas.job import MAX_DATASETS, MAX_NOISE_PHASES, DatasetUse, Mechanism, Plan, Rational, Training
+from casemate_schemas.job import DatasetUse, Plan, Rational, Training
 from casemate_schemas.licence import names_model
 from casemate_schemas.model import ModelSpec
-from casemate_schemas.pipeline import Loss, PipelineSpec, Scaling
+from casemate_schemas.pipeline import Loss, PipelineSpec
 from casemate_schemas.signatures import Signed
 
 from .datasets import Dataset
-from .parameters import (
-    SGD,
-    Adam,
-    Audit,
-    Augmentation,
-    Averaging,
-    LrSchedule,
-    Metrics,
-    NoisePhase,
-    Privacy,
-    parameter_errors,
-    to_wire,
-)
+from .parameters import SGD, LrSchedule, Metrics, Privacy, parameter_errors, to_wire
+from .training_request import TrainingRequest
 
-MAX_DEADLINE_S: Final = 30 * 24 * 3600
 _INTEGERS: Final = ("int64", "int32", "uint8")
 _LEAST_EPSILON: Final = 1e-3
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What :meth:`~casemate.client.Consortium.train` was asked for."""
-
-    model: Any
-    datasets: tuple[str, ...]
-    target: str
-    privacy: Privacy
-    optimizer: SGD | Adam
-    batch_size: int
-    epochs: float | None
-    steps: int | None
-    features: tuple[str, ...] | None
-    input_shape: tuple[int, ...] | None
-    loss: Loss | None
-    scaling: Scaling
-    purpose: str
-    recipients: tuple[Signed, ...] | None
-    deadline_s: float
-    max_physical_batch: int
-    checkpoint_every_steps: int
-    job_id: str | None
-    mechanism: Mechanism = "hardened"
-    lr_schedule: LrSchedule | None = None
-    noise_schedule: tuple[NoisePhase, ...] = ()
-    averaging: Averaging | None = None
-    augmentation: Augmentation | None = None
-    metrics: Metrics | None = None
-    padded_batch: int | Literal["auto"] | None = None
-    audit: Audit | None = None
-    priority: Priority = "normal"
-    not_before: datetime | None = None
-
-
-def check_request(request: TrainingRequest) -> None:
-    """Raises :class:`ParameterError` for what is wrong whatever the datasets and the model are."""
-    if not isinstance(request.privacy, Privacy):
-        raise ParameterError("privacy: expected casemate.Privacy(epsilon=..., delta=..., clipping_norm=...)")
-    if not isinstance(request.optimizer, SGD | Adam):
-        raise ParameterError("optimizer: expected casemate.SGD(lr=...) or casemate.Adam(lr=...)")
-    _check_choices(request)
-    if not 1 <= len(request.datasets) <= MAX_DATASETS or len(set(request.datasets)) != len(request.datasets):
-        raise ParameterError(f"datasets: expected 1 to {MAX_DATASETS} ids, each once")
-    if not _is_integer(request.batch_size) or request.batch_size < 1:
-        raise ParameterError(f"batch_size: expected a whole number of records, got {request.batch_size!r}")
-    if (request.epochs is None) == (request.steps is None):
-        raise ParameterError("expected either epochs or steps")
-    if request.epochs is not None and not 0 < request.epochs < math.inf:
-        raise ParameterError(f"epochs: expected a positive number, got {request.epochs!r}")
-    if request.steps is not None and not (_is_integer(request.steps) and 1 <= request.steps <= wire.MAX_STEPS):
-        raise ParameterError(f"steps: expected 1 to {wire.MAX_STEPS}, got {request.steps!r}")
-    if not 1 <= request.deadline_s <= MAX_DEADLINE_S:
-        raise ParameterError(f"deadline_s: expected 1 to {MAX_DEADLINE_S} seconds, got {request.deadline_s!r}")
-    if request.not_before is not None:
-        begins_ms(request.not_before)
-    if request.job_id is not None and not is_job_id(request.job_id):
-        raise ParameterError("job_id: expected 32 hexadecimal digits")
-    for name, value, known in (
-        ("loss", request.loss, get_args(Loss)),
-        ("scaling", request.scaling, get_args(Scaling)),
-        ("mechanism", request.mechanism, get_args(Mechanism)),
-        ("priority", request.priority, get_args(Priority)),
-    ):
-        if value is not None and value not in known:
-            raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
-def _check_choices(request: TrainingRequest) -> None:
-    """Schedules and the like, each of its own type or left out."""
-    kinds = {
-        "lr_schedule": LrSchedule,
-        "averaging": Averaging,
-        "augmentation": Augmentation,
-        "metrics": Metrics,
-        "audit": Audit,
-    }
-    for name, kind in kinds.items():
-        if not isinstance(value := getattr(request, name), kind | None):
-            raise ParameterError(f"{name}: expected casemate.{kind.__name__}(...), got {type(value).__name__}")
-    if request.audit is not None:
-        _check_audit(request)
-    if request.padded_batch not in (None, "auto") and not _is_integer(request.padded_batch):
-        raise ParameterError(f"padded_batch: expected a whole number, 'auto' or None, got {request.padded_batch!r}")
-    if not all(isinstance(phase, NoisePhase) for phase in request.noise_schedule):
-        raise ParameterError("noise_schedule: expected casemate.NoisePhase(first_step=..., factor=...) each")
-    if len(request.noise_schedule) >= MAX_NOISE_PHASES:
-        raise ParameterError(f"noise_schedule: expected at most {MAX_NOISE_PHASES - 1} phases")
-
-
-def _check_audit(request: TrainingRequest) -> None:
-    """Canaries are single records, in batches of any size, and a report takes the place of all that is released."""
-    for name in ("metrics", "augmentation", "padded_batch"):
-        if getattr(request, name) is not None:
-            raise ParameterError(f"{name}: an audit has none; leave it out, the engine is the same without it")
-    if request.privacy.unit != "record":
-        raise ParameterError("privacy: an audit's canaries are single records; the unit must be the record")
-
-
-def begins_ms(not_before: datetime) -> int:
-    """Unix ms, rounded up. Raises :class:`ParameterError` for what is no time since 1970, or of no zone: whose clock?"""
-    if not isinstance(not_before, datetime) or not_before.utcoffset() is None:
-        raise ParameterError(
-            f"not_before: expected a datetime with its time zone, such as datetime(..., tzinfo=UTC), got {not_before!r}"
-        )
-    if (begins := math.ceil(not_before.timestamp() * 1000)) < 0:
-        raise ParameterError(f"not_before: expected a time since 1970, got {not_before!r}")
-    return begins
-
-
-def is_job_id(value: object) -> bool:
-    """Whether that is 32 lower-case hexadecimal digits: safe in a path, and what the wire takes."""
-    return isinstance(value, str) and len(value) == 32 and set(value) <= set("0123456789abcdef")
 
 
 def plan_training(
@@ -459,7 +330,3 @@ def _n_classes(target: Column) -> int:
 
 def _declared(column: Column) -> str:
     return f"{list(column.shape)} in [{column.lower:g}, {column.upper:g}]"
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

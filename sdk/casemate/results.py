@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from casemate_messaging.files import read_file
 from casemate_schemas.audit import AuditReport
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import MAX_CHAIN_BYTES, ManifestChain
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BUNDLE_FILES: Final = ("consortium", "release", "result")
 _MAX_RELEASE_BYTES: Final = 2 << 20
 
 
@@ -190,9 +190,9 @@ def load(folder: str | os.PathLike[str], identity: Any, *, submitter: str | None
     Raises :class:`~casemate_schemas.errors.ReleaseError` that names the step.
     """
     me, source = Identity.of(identity), Path(folder)
-    chain = decode(ManifestChain, _read(source / "consortium", MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
-    release = decode(Signed, _read(source / "release", _MAX_RELEASE_BYTES), max_bytes=_MAX_RELEASE_BYTES)
-    bundle = Bundle(chain, release, _read(source / "result", MAX_RESULT_BYTES))
+    chain = decode(ManifestChain, read_file(source / "consortium", MAX_CHAIN_BYTES), max_bytes=MAX_CHAIN_BYTES)
+    release = decode(Signed, read_file(source / "release", _MAX_RELEASE_BYTES), max_bytes=_MAX_RELEASE_BYTES)
+    bundle = Bundle(chain, release, read_file(source / "result", MAX_RESULT_BYTES))
     return open_result(bundle, me, Expected(me.delegation.consortium, job_id_of(release), None, submitter))
 
 
@@ -214,14 +214,3 @@ def _arrays(verified: VerifiedResult) -> dict[str, Array]:
     if verified.manifest.audit is not None:
         return {}
     return read_tensors(data, max_bytes=len(data), max_tensors=2 * MAX_NODES)
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > max_bytes:
-        raise SetupError(f"expected at most {max_bytes} bytes in {path}")
-    return data

@@ -31,8 +31,9 @@ from casemate.local_stack.layout import Layout
 from casemate_schemas.errors import CasemateError
 from support.byzantine import ByzantineProxy
 from support.faults import Bench, Orders, running_bench, through
-from support.invariants import POLL_S, Run
+from support.invariants import Run
 from support.stack import MEMBERS, WORKERS, found_in
+from support.waiting import POLL_S
 
 JOBS_PER_ROUND: Final = 4
 FAULTS_PER_ROUND: Final = 2

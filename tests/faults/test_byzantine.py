@@ -21,8 +21,9 @@ from casemate_schemas.subjects import inbox_prefix
 from nats.aio.client import Client
 from support.byzantine import DEEDS, ByzantineProxy
 from support.faults import Bench, Orders, running_bench, through
-from support.invariants import Run, until
+from support.invariants import Run
 from support.stack import copy_of
+from support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 from support.faults import Bench
-from support.invariants import until
 from support.stack import MEMBERS, WORKERS
+from support.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -11,9 +11,9 @@ from casemate_messaging.server import MAX_PAYLOAD_BYTES
 from casemate_schemas import subjects
 from casemate_schemas.errors import CasemateError
 from support.faults import STEPS, Bench, zeroed
-from support.invariants import until
 from support.road import planned, submit_spec
 from support.stack import DELTA, EPSILON_PER_JOB, OWNERS, PURPOSE, TARGET, WORKERS
+from support.waiting import until
 from torch import nn
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -8,8 +8,8 @@ import signal
 import pytest
 from casemate_schemas.errors import StateError, TrainingError
 from support.faults import CHECKPOINT_EVERY_STEPS, Bench, command, zeroed
-from support.invariants import until
 from support.stack import OWNERS
+from support.waiting import until
 from torch import nn
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 from casemate_schemas import api
 from casemate_schemas.admission import Submission
 from casemate_schemas.codec import decode, encode
@@ -26,6 +25,7 @@ from casemate_schemas.signatures import Signed
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from http_message_signatures import HTTPMessageVerifier, MappingKeyResolver
 from http_message_signatures.algorithms import ED25519
+from support.http import served
 from support.results import World
 
 Answerer = Callable[[str, PersonRequest], Any]
@@ -228,10 +228,5 @@ def problem(error: CasemateError) -> web.Response:
 @asynccontextmanager
 async def serving(gateway: FakeGateway) -> AsyncIterator[FakeGateway]:
     """The fake gateway on a free port of this machine."""
-    server = TestServer(gateway.app(), host="127.0.0.1")
-    await server.start_server()
-    gateway.url = f"http://127.0.0.1:{server.port}"
-    try:
+    async with served(gateway.app()) as gateway.url:
         yield gateway
-    finally:
-        await server.close()

@@ -30,7 +30,7 @@ from casemate_schemas.errors import CasemateError
 from casemate_schemas.job_state import TERMINAL
 from nats.aio.client import Client
 from support.byzantine import ByzantineProxy, byzantine
-from support.invariants import PATIENCE_S, POLL_S, Invariants, Run, bounded, until
+from support.invariants import Invariants, Run
 from support.stack import (
     DELTA,
     EPSILON_PER_JOB,
@@ -43,6 +43,7 @@ from support.stack import (
     connected,
     push,
 )
+from support.waiting import PATIENCE_S, POLL_S, bounded, until
 from torch import nn
 
 STEPS: Final = 12

@@ -1,17 +1,32 @@
-"""Signing HTTP requests as a person does: RFC 9421 and RFC 9530, over the components that the gateway wants."""
+"""HTTP in tests: applications served, and requests signed as a person does, over the components that the gateway wants."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from casemate_schemas.api import DELEGATION_HEADER, SIGNATURE_LABEL, SIGNATURE_TAG, SIGNED_COMPONENTS
 from casemate_schemas.codec import encode
 from casemate_schemas.signatures import Signed, SigningKey
 from http_message_signatures import ContentDigest, HTTPMessageSigner, algorithms
+
+
+@asynccontextmanager
+async def served(app: web.Application) -> AsyncIterator[str]:
+    """The address of an application on a free port of this machine, which ends with the block."""
+    server = TestServer(app, host="127.0.0.1")
+    await server.start_server()
+    try:
+        yield f"http://127.0.0.1:{server.port}"
+    finally:
+        await server.close()
 
 
 @dataclass
@@ -55,7 +70,7 @@ def signed_request(
     components: tuple[str, ...] = SIGNED_COMPONENTS,
     expires_ms: int | None = None,
 ) -> SignedRequest:
-    """The request, signed by ``key``; every part of the signature can be chosen wrongly."""
+    """The request, signed by ``key`` (RFC 9421, RFC 9530); every part of the signature can be chosen wrongly."""
     headers = {
         "Content-Digest": digest or content_digest(body),
         DELEGATION_HEADER: base64.b64encode(encode(delegation)).decode("ascii"),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import Self
 
 import nats.errors
 import numpy as np
@@ -44,30 +43,7 @@ from casemate_schemas.sealing import unseal_content_key, unseal_key
 from casemate_schemas.signatures import Signed
 from nats.aio.client import Client
 from support.stack import EPSILON_PER_JOB, MEMBERS, OWNERS, SCIENTIST, connected
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-POLL_S: Final = 0.02
-PATIENCE_S: Final = 60.0
-
-
-def bounded(function: Callable[_P, Awaitable[_R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
-    """What waits for another process says so when it has waited for long enough."""
-
-    @functools.wraps(function)
-    async def waiting(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        async with asyncio.timeout(PATIENCE_S):
-            return await function(*args, **kwargs)
-
-    return waiting
-
-
-@bounded
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what other processes do to files or processes."""
-    while not condition():  # noqa: ASYNC110 - the other side is another process
-        await asyncio.sleep(POLL_S)
+from support.waiting import PATIENCE_S, POLL_S, bounded
 
 
 @dataclass

@@ -20,14 +20,16 @@ import casemate as cm
 import numpy as np
 import torch
 from casemate._session import Session
+from casemate.cli import cli
 from casemate.client import Consortium, connect
 from casemate.datasets import find_datasets
 from casemate.identity import now_ms
-from casemate.jobs import Job, TrainingRequest, seal_job, sign_terms, submit
+from casemate.jobs import Job, seal_job, sign_terms, submit
 from casemate.local_stack.founding import found
 from casemate.local_stack.layout import Layout
 from casemate.local_stack.supervisor import LocalStack
 from casemate.planning import plan_training
+from casemate.training_request import TrainingRequest
 from casemate_messaging.connection import connect as connect_nats
 from casemate_schemas.api import JobStatus
 from casemate_schemas.identity import Role
@@ -36,6 +38,7 @@ from casemate_schemas.job_state import TERMINAL
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.model import ModelSpec
 from casemate_schemas.requests import Budget
+from click.testing import CliRunner
 from nats.aio.client import Client
 from torch import nn
 
@@ -247,6 +250,21 @@ async def submit_spec(session: Session, told: JobSpec, weights: bytes, *, meant:
     terms = sign_terms(session, told, weights, deadline_s=600.0)
     submission = await seal_job(session, meant or told, terms, weights)
     return await submit(session, submission, told.job_id)
+
+
+async def casemate(road: Road, person: str, *arguments: str, stdin: str | None = None) -> str:
+    """What ``casemate ARGUMENTS`` prints for that person. Raises what it fails with."""
+    facts = road.layout.read_facts()
+    environment = {
+        "CASEMATE_URL": facts.url,
+        "CASEMATE_IDENTITY": str(road.layout.person_keys(person)),
+        "CASEMATE_CONSORTIUM": facts.consortium,
+        "CASEMATE_STATE_DIR": str(road.layout.folder / f"state-{person}"),
+    }
+    result = await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment, input=stdin)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
 
 
 async def ended(job: Job) -> JobStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import heapq
 from collections.abc import AsyncIterator
@@ -25,6 +26,7 @@ from casemate_schemas.errors import (
     NotFoundError,
     ParameterError,
     SealError,
+    StateError,
 )
 from casemate_schemas.identity import Delegation
 from casemate_schemas.job_state import (
@@ -56,8 +58,9 @@ async def submit(request: web.Request) -> web.Response:
     4. The job envelope is stored, and from the same person.
     5. The terms envelope is whole, from that person too, and sealed to exactly the key brokers concerned.
     6. The member may have one more job.
-    7. The submission is stored, then the record created, once. What the record refers to was not removed meanwhile.
-       Admission goes on from there.
+    7. The submission is stored, then the record created, once. Admission goes on from there: key brokers are being asked
+       while the rest is done.
+    8. The job is told to those who watch. What its record refers to was not removed meanwhile, or the job ends.
     """
     gateway = gateway_of(request)
     person, body = await gateway.authenticate(request)
@@ -72,12 +75,14 @@ async def submit(request: web.Request) -> web.Response:
     async with gateway.quotas.job(person.member):
         digest = await _store(gateway, encode(submission))
         record = _record(gateway, submission, routing, digest)
-        stored, revision, new = await gateway.transitions.create(record)
+        stored, revision, new = await gateway.jobs.create(record)
         gateway.dispatcher.see(stored)
     if not new and stored.routing != record.routing:
         raise _key_reused()
-    await _check_kept(gateway, stored)
     gateway.admission.take_up(record.job_id, PrecheckRequest(submission=submission, job_head=job_head))
+    if new:
+        await gateway.transitions.tell(stored)
+    await _check_kept(gateway, stored)
     return _answer(gateway, gateway.records.open(stored), revision, status=202 if new else 200)
 
 
@@ -227,7 +232,8 @@ async def _check_kept(gateway: Gateway, record: JobRecord) -> None:
     try:
         await gateway.housekeeping.check_kept(envelopes=(record.job_envelope,), blobs=(record.submission,))
     except NotFoundError as error:
-        await gateway.transitions.move(record.job_id, "failed", reason=NotFoundError.reason)
+        with contextlib.suppress(StateError):  # it has ended already
+            await gateway.transitions.move(record.job_id, "failed", reason=NotFoundError.reason)
         raise NotFoundError("the job envelope was stored too long ago and is gone: submit a new job") from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, get_args
 
 import click
+from casemate_messaging.files import read_file
 from casemate_schemas.attestation_policy import Product, TcbVersion
 from casemate_schemas.codec import M, WireModel, decode, encode
 from casemate_schemas.consortium import Member
@@ -221,11 +222,7 @@ def _json(value: object) -> object:
 
 
 def _read(model: type[M], path: Path) -> M:
-    try:
-        with path.open("rb") as file:
-            return decode(model, file.read(_MAX_FILE_BYTES + 1), max_bytes=_MAX_FILE_BYTES)
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
+    return decode(model, read_file(path, _MAX_FILE_BYTES), max_bytes=_MAX_FILE_BYTES)
 
 
 def _write(path: Path, message: WireModel, *, replace: bool = False) -> None:

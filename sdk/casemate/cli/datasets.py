@@ -8,9 +8,10 @@ from typing import Final
 
 import click
 import numpy as np
+from casemate_messaging.files import read_file
 from casemate_schemas.custody import VersionLine
 from casemate_schemas.dataset import DatasetCard
-from casemate_schemas.errors import MalformedError, NotFoundError, ParameterError, SetupError
+from casemate_schemas.errors import MalformedError, NotFoundError, ParameterError
 from casemate_schemas.licence import Licence
 from casemate_schemas.licence_check import Change, check_sound
 from casemate_schemas.licence_text import describe
@@ -178,7 +179,7 @@ def read_columns(path: Path) -> dict[str, Array]:
     from casemate_schemas.dataset import MAX_COLUMNS
 
     if path.suffix == ".safetensors":
-        return read_tensors(path.read_bytes(), max_bytes=_MAX_COLUMNS_BYTES, max_tensors=MAX_COLUMNS)
+        return read_tensors(read_file(path, _MAX_COLUMNS_BYTES), max_bytes=_MAX_COLUMNS_BYTES, max_tensors=MAX_COLUMNS)
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -189,7 +190,7 @@ def read_columns(path: Path) -> dict[str, Array]:
 def read_card(path: Path) -> DatasetCard:
     """The card in a JSON file. Raises :class:`ParameterError`."""
     try:
-        return DatasetCard.model_validate_json(_read_text(path))
+        return DatasetCard.model_validate_json(read_file(path, _MAX_JSON_BYTES))
     except ValidationError as error:
         raise ParameterError(f"{path}: {first_problem(error)}") from error
 
@@ -197,14 +198,6 @@ def read_card(path: Path) -> DatasetCard:
 def read_licence(path: Path) -> Licence:
     """The licence in a JSON file; digests in hexadecimal, times in ISO 8601. Raises :class:`ParameterError`."""
     try:
-        return Licence.model_validate_json(_read_text(path))
+        return Licence.model_validate_json(read_file(path, _MAX_JSON_BYTES))
     except ValidationError as error:
         raise ParameterError(f"{path}: {first_problem(error)}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(_MAX_JSON_BYTES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"cannot read {path}") from error

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+from casemate_messaging.files import read_file
 from casemate_privacy.events import MAX_EPSILON
 from casemate_privacy.prv import EpsilonInterval
 from casemate_privacy.recorded import MAX_FILE_BYTES, StatedGuarantee, read_events
-from casemate_schemas.errors import ParameterError, SetupError
+from casemate_schemas.errors import ParameterError
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +61,7 @@ class Recomputed:
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def epsilon(events: str, delta: float | None, check: bool, as_json: bool) -> int:
     """Recompute the epsilon of recorded privacy events, and compare it with what was charged. Exit status 1 if they differ."""
-    found = list(recompute(_read(events), delta, check=check))
+    found = list(recompute(read_file(Path(events), MAX_FILE_BYTES), delta, check=check))
     if as_json:
         click.echo(json.dumps([_plain(item) for item in found], indent=2))
     else:
@@ -94,14 +95,6 @@ def _recomputed(stated: StatedGuarantee, delta: float | None, *, check: bool) ->
         epsilon=value,
         checked=stated.checked(delta, error) if check else None,
     )
-
-
-def _read(path: str) -> bytes:
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise SetupError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _plain(item: Recomputed) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import click
+from casemate_messaging.files import read_file
 from casemate_schemas.admission import Priority
 from casemate_schemas.errors import ParameterError, SetupError
 from casemate_schemas.job import Mechanism
@@ -55,10 +56,15 @@ OPTIONS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Options of the command, and where each stands in the file."""
 
-_NEEDED: Final = {"datasets": "dataset", "target": "target", "epsilon": "epsilon", "delta": "delta"} | {
+_NEEDED: Final = {
+    "datasets": "dataset",
+    "target": "target",
+    "epsilon": "epsilon",
+    "delta": "delta",
     "batch_size": "batch-size",
     "lr": "lr",
 }
+"""Of these, those that the command or the file must give, and their flags."""
 
 
 def _made(kind: type[_T]) -> BeforeValidator:
@@ -135,14 +141,7 @@ def read_plan(path: Path | None, options: Mapping[str, Any]) -> TrainingPlan:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_PLAN_BYTES + 1)
-    except OSError as error:
-        raise SetupError(f"--plan: cannot read {path}: {error.strerror}") from error
-    if len(data) > MAX_PLAN_BYTES:
-        raise SetupError(f"--plan: expected at most {MAX_PLAN_BYTES} bytes in {path}")
-    try:
-        return tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(read_file(path, MAX_PLAN_BYTES).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SetupError(f"--plan: {path} is not a TOML file") from error
 

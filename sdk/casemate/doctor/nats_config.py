@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from casemate_messaging.accounts import User, accounts
+from casemate_messaging.files import read_file
 from casemate_messaging.server import MAX_PAYLOAD_BYTES
-from casemate_messaging.settings import read_file
 from casemate_schemas.errors import CasemateError
 from casemate_schemas.subjects import GATEWAY_ACCOUNT, SYSTEM_ACCOUNT, WORKER_ACCOUNT, key_broker_account, token
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from casemate_messaging.settings import MAX_SETTINGS_BYTES, ProgramSettings, read_file
+from casemate_messaging.files import read_file
+from casemate_messaging.settings import MAX_SETTINGS_BYTES, ProgramSettings
 from casemate_schemas.errors import CasemateError
 
 from casemate.entry import is_missing_extra, missing_extra_line

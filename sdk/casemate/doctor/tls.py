@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
-from casemate_messaging.settings import check_private, read_file
+from casemate_messaging.files import check_private, read_file
 from casemate_schemas.errors import SetupError
 from cryptography import x509
 

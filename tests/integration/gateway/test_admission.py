@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from casemate_schemas.codec import encode
 from casemate_schemas.job_state import Approval, JobRecord, JobState, advance, revise
 from support.gateway import House, now_ms
+from support.waiting import record_once
 
 
 class _Crash(BaseException):
@@ -34,8 +34,7 @@ async def record_of(house: House, job_id: str) -> JobRecord:
 
 async def in_state(house: House, job_id: str, state: str) -> JobRecord:
     jobs = JobStore(await house.client("gateway"))
-    async with asyncio.timeout(20), aclosing(jobs.watch(job_id)) as changes:
-        return await anext(record async for record, _ in changes if record.state == state)
+    return await record_once(jobs, job_id, lambda record: record.state == state)
 
 
 async def first_message(house: House) -> str | None:
@@ -191,22 +190,22 @@ async def test_a_submission_outlives_a_crash_before_its_record(a_house: House) -
         envelope = a_house.envelope(clara, "job", secrets.token_bytes(100))
         stored = await clara.post(ENVELOPES_PATH, envelope)
         submission = encode(a_house.submission(clara, bytes.fromhex(stored.json["envelope"])))
-        create = gateway.transitions.create
+        create = gateway.jobs.create
 
         async def dies(_: JobRecord) -> tuple[JobRecord, int, bool]:
             raise RuntimeError
 
-        gateway.transitions.create = dies  # type: ignore[method-assign]
+        gateway.jobs.create = dies  # type: ignore[method-assign]
         assert (await clara.post(JOBS_PATH, submission)).status == 500
-        gateway.transitions.create = create  # type: ignore[method-assign]
+        gateway.jobs.create = create  # type: ignore[method-assign]
         assert (await clara.post(JOBS_PATH, submission)).status == 202
 
 
 @pytest.mark.parametrize("what", ["the submission", "a chunk of it", "the envelope"])
 async def test_a_job_whose_submission_is_destroyed_fails_and_says_why(a_house: House, what: str) -> None:
     """Not at once, for it may only be late; and what comes after it is admitted."""
-    asked = [await a_house.key_broker(name) for name in ("clara", "north")]
     async with waiting_job(a_house) as job_id:
+        asked = [await a_house.key_broker(name) for name in ("clara", "north")]
         record, gateway = await record_of(a_house, job_id), await a_house.client("gateway")
         if what == "the envelope":
             await EnvelopeStore(gateway, BlobStore(gateway)).delete_head(record.job_envelope, sequence=1 << 60)

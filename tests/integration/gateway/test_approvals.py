@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from contextlib import aclosing
 
 from casemate_messaging.jobs import JobStore
 from casemate_messaging.revocations import RevocationStore, TrustedRevocations
@@ -14,6 +12,7 @@ from casemate_schemas.codec import decode, encode
 from casemate_schemas.identity import Delegation, Revocation
 from casemate_schemas.signatures import Signed, sign
 from support.gateway import Caller, Decision, House, now_ms
+from support.waiting import record_once
 
 
 async def test_a_job_waits_until_an_approval_passes_by(a_house: House) -> None:
@@ -28,8 +27,8 @@ async def test_a_job_waits_until_an_approval_passes_by(a_house: House) -> None:
         north, own = await a_house.key_broker("north", says), await a_house.key_broker("clara")
         _, reply = await a_house.submitted(clara)
         job_id = reply.json["job_id"]
-        async with asyncio.timeout(20), aclosing(JobStore(await a_house.client("gateway")).watch(job_id)) as changes:
-            record = await anext(r async for r, _ in changes if r.approvals["north"].answer)
+        jobs = JobStore(await a_house.client("gateway"))
+        record = await record_once(jobs, job_id, lambda record: bool(record.approvals["north"].answer))
         assert (record.state, record.approvals["north"].verdict) == ("awaiting_approval", "pending")
         assert decode(Signed, record.approvals["north"].answer).peek(PrecheckAnswer).decision == "awaiting"
         assert {item["verdict"] for item in (await clara.get(f"{JOBS_PATH}/{job_id}")).json["approvals"]} <= {
@@ -43,8 +42,7 @@ async def test_a_job_waits_until_an_approval_passes_by(a_house: House) -> None:
         envelope = a_house.envelope(nora, "request", b"sealed", ("north",))
         told = await nora.post(f"{KEY_BROKERS_PATH}/north/messages", envelope, headers={JOB_HEADER: job_id})
         assert (told.status, woken) == (200, [job_id])
-        async with asyncio.timeout(20), aclosing(JobStore(await a_house.client("gateway")).watch(job_id)) as changes:
-            await anext(r async for r, _ in changes if r.state == "queued")
+        await record_once(jobs, job_id, lambda record: record.state == "queued")
     assert own.asked.count(job_id) == 1 < north.asked.count(job_id)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 
 from casemate_messaging.events import EventLog
 from casemate_messaging.jobs import JobStore
@@ -11,6 +10,7 @@ from casemate_messaging.queue import WorkQueue
 from casemate_schemas import subjects
 from casemate_schemas.job_state import advance, event_of
 from support.gateway import Caller, House, now_ms
+from support.waiting import record_once
 
 
 async def queued(house: House, caller: Caller, member: str, **changes: object) -> str:
@@ -18,8 +18,7 @@ async def queued(house: House, caller: Caller, member: str, **changes: object) -
     _, reply = await house.submitted(caller, job_key_broker=member, **changes)
     job_id: str = reply.json["job_id"]
     jobs = JobStore(await house.client("gateway"))
-    async with asyncio.timeout(20), aclosing(jobs.watch(job_id)) as changed:
-        await anext(record async for record, _ in changed if record.state == "queued")
+    await record_once(jobs, job_id, lambda record: record.state == "queued")
     return job_id
 
 

@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 import sys
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from casemate_schemas.api import ENVELOPES_PATH, JOBS_PATH
 from support.gateway import House
 from support.gateway_process import program, settings_file
 from support.http import signed_request
+from support.waiting import record_once
 
 MIB = 1 << 20
 
@@ -62,8 +62,7 @@ async def test_killed_while_it_asks_and_started_again(a_house: House, tmp_path: 
         assert delivery is not None
         assert delivery.job_id == reply.json["job_id"]
         jobs = JobStore(await a_house.client("gateway"))
-        async with asyncio.timeout(10), aclosing(jobs.watch(delivery.job_id)) as changes:
-            assert await anext(record async for record, _ in changes if record.state == "queued")
+        await record_once(jobs, delivery.job_id, lambda record: record.state == "queued")
     assert len(north.asked) == 2
 
 

@@ -17,6 +17,7 @@ from casemate_schemas.api import JOBS_PATH
 from casemate_schemas.codec import encode
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from support.gateway import House
+from support.http import served
 
 TRACEPARENT = f"00-{'c0' * 16}-{'c1' * 8}-01"
 """What a client says about traces is its own affair."""
@@ -56,15 +57,9 @@ def said(span: Any) -> dict[str, Any]:
 async def collector() -> AsyncIterator[Collector]:
     found, app = Collector(), web.Application()
     app.router.add_post("/v1/traces", found.take)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/traces"
-    try:
+    async with served(app) as address:
+        found.url = f"{address}/v1/traces"
         yield found
-    finally:
-        await runner.cleanup()
 
 
 def request_span(method: str, route: str, status: int, **more: str) -> dict[str, Any]:

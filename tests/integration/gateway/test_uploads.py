@@ -17,6 +17,7 @@ from typing import IO, Any
 import aiohttp
 import pytest
 from casemate import _transfers
+from casemate._http import MAX_WAIT_S
 from casemate._http import Gateway as Client
 from casemate.identity import Identity
 from casemate_messaging.blobs import BlobStore
@@ -85,10 +86,11 @@ class Upload:
             file.write(self.ciphertext)
             yield file
 
-    async def by_sdk(self, origin: str | None = None) -> None:
+    async def by_sdk(self, origin: str | None = None, max_wait_s: float = MAX_WAIT_S) -> None:
         connector = aiohttp.TCPConnector(force_close=True)
         async with aiohttp.ClientSession(auto_decompress=False, connector=connector) as session:
-            client = Client(origin or self.caller.origin, Identity.of(keys_of(self.caller)), session, sleep=briefly)
+            me = Identity.of(keys_of(self.caller))
+            client = Client(origin or self.caller.origin, me, session, sleep=briefly, max_wait_s=max_wait_s)
             with self.file() as file:
                 await _transfers.upload(client, self.framing, file, self.digest)
 
@@ -171,9 +173,8 @@ async def test_a_client_that_dies_at_any_byte(running_house: House, monkeypatch:
     for budget in OFFSETS:
         sent = 0
         upload = Upload(running_house, clara, 9 * MIB + 5)
-        monkeypatch.setattr(Client.patience, "__defaults__", (1,))
         with pytest.raises(UnavailableError):
-            await upload.by_sdk()
+            await upload.by_sdk(max_wait_s=0.0)
         assert (sent, await upload.stored()) == (budget, None)
         kept = await upload.offset()
         assert kept == (4 * MIB if budget >= 4 * MIB else 0)

@@ -12,14 +12,12 @@ from typing import Any
 import casemate as cm
 import pytest
 import pytest_asyncio
-from casemate.cli import cli
 from casemate.client import Consortium
 from casemate.identity import load_keys, new_person, save_keys
 from casemate.jobs import Job
 from casemate_schemas.errors import AuthenticationError, CasemateError, ConflictError, LicenceError, NotFoundError
 from casemate_schemas.identity import Role
-from click.testing import CliRunner
-from support.road import COLLEAGUE, SCIENTIST, Road, ended, licence, request, running_road, until
+from support.road import COLLEAGUE, SCIENTIST, Road, casemate, ended, licence, request, running_road, until
 
 PEOPLE: dict[str, tuple[Role, ...]] = {
     "nora@north": ("steward",),
@@ -43,21 +41,6 @@ async def road(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Road]:
         folder, members=("north", "east", "university"), workers=1, overrides=QUICK, more_people=PEOPLE
     ) as running:
         yield running
-
-
-async def casemate(road: Road, person: str, *arguments: str, stdin: str | None = None) -> str:
-    """What ``casemate ARGUMENTS`` prints for that person. Raises what it fails with."""
-    facts = road.layout.read_facts()
-    environment = {
-        "CASEMATE_URL": facts.url,
-        "CASEMATE_IDENTITY": str(road.layout.person_keys(person)),
-        "CASEMATE_CONSORTIUM": facts.consortium,
-        "CASEMATE_STATE_DIR": str(road.layout.folder / f"state-{person}"),
-    }
-    result = await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment, input=stdin)
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
 
 
 async def push(road: Road, name: str) -> list[str]:

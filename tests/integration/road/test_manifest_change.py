@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from typing import Any
 import casemate as cm
 import pytest
 from casemate.amendments import Proposal
-from casemate.cli import cli
 from casemate.identity import load_keys, new_person, save_keys
 from casemate_schemas import subjects
 from casemate_schemas.api import CONSORTIUM_PATH, MANIFEST_PATH
@@ -21,8 +19,7 @@ from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ManifestChain, SignedManifest
 from casemate_schemas.errors import ManifestError
 from casemate_schemas.identity import Role
-from click.testing import CliRunner
-from support.road import SCIENTIST, Road, ask, ended, request, running_road, until
+from support.road import SCIENTIST, Road, ask, casemate, ended, request, running_road, until
 
 OFFICER, ADMIN = "sam@university", "sam@north"
 """The university's key broker is asked first, for the job's own key, so a bad worker is refused there."""
@@ -36,24 +33,9 @@ def events(road: Road, program: str, name: str) -> list[dict[str, Any]]:
     return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
-async def casemate(road: Road, *arguments: str, person: str = ADMIN) -> str:
-    """What ``casemate ARGUMENTS`` prints. Raises what it fails with."""
-    facts = road.layout.read_facts()
-    environment = {
-        "CASEMATE_URL": facts.url,
-        "CASEMATE_IDENTITY": str(road.layout.person_keys(person)),
-        "CASEMATE_CONSORTIUM": facts.consortium,
-        "CASEMATE_STATE_DIR": str(road.layout.folder / f"state-{person}"),
-    }
-    result = await asyncio.to_thread(CliRunner().invoke, cli, arguments, env=environment)
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
-
-
 async def signed(road: Road, proposal: Path, *members: str) -> None:
     for member in members:
-        await casemate(road, "consortium", "sign", str(proposal), "--key", str(road.layout.member_keys(member)))
+        await casemate(road, ADMIN, "consortium", "sign", str(proposal), "--key", str(road.layout.member_keys(member)))
 
 
 async def moved_on(road: Road, number: int) -> None:
@@ -102,17 +84,17 @@ async def test_a_manifest_change_reaches_everyone_and_stays(road: Road, tmp_path
     async with road.connected(SCIENTIST) as consortium:
         first = await consortium.train(**request(datasets))  # 1
         assert (await ended(first)).state == "sealed"
-        assert "✓ accepted" in await casemate(road, "workers", "list")
+        assert "✓ accepted" in await casemate(road, ADMIN, "workers", "list")
         await _amend_away(road, tmp_path)  # 2
         second = await consortium.train(**request(datasets))
         await until(
             lambda: any(e["reason"] == "evidence_outside_policy" for e in events(road, "worker-1", "gave_up")),
             "the worker to be refused",
         )
-        (worker,) = json.loads(await casemate(road, "workers", "list", "--json", person=OFFICER))["workers"]
+        (worker,) = json.loads(await casemate(road, OFFICER, "workers", "list", "--json"))["workers"]
         assert (worker["accepted"], worker["genuine"], worker["manifest_number"]) == (False, True, 2)
         assert [check["name"] for check in worker["failed"]] == ["measurement"]
-        shown = await casemate(road, "workers", "list", person=OFFICER)
+        shown = await casemate(road, OFFICER, "workers", "list")
         assert "✗ refused" in shown and "measurement: expected 5a5a5a" in shown and "SIMULATED" in shown
         await _amend_back(road, tmp_path, image=worker["measurement"])  # 3
         assert (await ended(second)).state == "sealed"
@@ -124,10 +106,11 @@ async def test_a_manifest_change_reaches_everyone_and_stays(road: Road, tmp_path
 
 async def _amend_away(road: Road, folder: Path) -> None:
     """Only another image is accepted from now on."""
-    proposal, image = folder / "second", json.loads(await casemate(road, "consortium", "show", "--json"))
+    proposal, image = folder / "second", json.loads(await casemate(road, ADMIN, "consortium", "show", "--json"))
     (measurement,) = image["manifest"]["attestation"]["measurements"]
     told = await casemate(
         road,
+        ADMIN,
         *("consortium", "amend", "--add-measurement", OTHER_IMAGE, "--remove-measurement", measurement),
         *("--out", str(proposal)),
     )
@@ -135,10 +118,10 @@ async def _amend_away(road: Road, folder: Path) -> None:
     assert f"- attestation.measurements: {measurement}" in told
     await signed(road, proposal, "north")
     with pytest.raises(ManifestError, match="quorum of 2"):
-        await casemate(road, "consortium", "publish", str(proposal))
+        await casemate(road, ADMIN, "consortium", "publish", str(proposal))
     await _refused_by_the_gateway(road, proposal)
     await signed(road, proposal, "university")
-    assert "manifest 2 is published" in await casemate(road, "consortium", "publish", str(proposal))
+    assert "manifest 2 is published" in await casemate(road, ADMIN, "consortium", "publish", str(proposal))
     await moved_on(road, 2)
 
 
@@ -153,12 +136,14 @@ async def _refused_by_the_gateway(road: Road, proposal: Path) -> None:
 async def _amend_back(road: Road, folder: Path, *, image: str) -> None:
     """The installed image is accepted again, and a member more, with a key broker that is there already."""
     proposal, newcomer = folder / "third", folder / "west.member"
-    await casemate(road, "consortium", "new-member", "west", "--key", str(folder / "west.key"), "--out", str(newcomer))
+    await casemate(
+        road, ADMIN, "consortium", "new-member", "west", "--key", str(folder / "west.key"), "--out", str(newcomer)
+    )
     change = ("--add-measurement", image, "--add-member", str(newcomer), "--served-by", "university")
-    told = await casemate(road, "consortium", "amend", *change, "--out", str(proposal))
+    told = await casemate(road, ADMIN, "consortium", "amend", *change, "--out", str(proposal))
     assert "+ key_brokers[university].serves: west" in told and "+ members[west].signing_key" in told
     await signed(road, proposal, "north", "university")
-    await casemate(road, "consortium", "publish", str(proposal))
+    await casemate(road, ADMIN, "consortium", "publish", str(proposal))
     await moved_on(road, 3)
 
 
@@ -190,8 +175,8 @@ async def _offered_again(road: Road) -> None:
         os.kill(road.stack.programs[name].pid, signal.SIGKILL)
     await until(lambda: all(len(events(road, name, "ready")) == 2 for name in PROGRAMS), "all to be back")
     assert {events(road, name, "ready")[-1]["number"] for name in PROGRAMS} == {3}
-    shown = json.loads(await casemate(road, "consortium", "show", "--json"))
+    shown = json.loads(await casemate(road, ADMIN, "consortium", "show", "--json"))
     assert (shown["manifest"]["number"], shown["simulation"]) == (3, True)
     assert "west" in [member["id"] for member in shown["manifest"]["members"]]
-    printed = await casemate(road, "consortium", "show")
+    printed = await casemate(road, ADMIN, "consortium", "show")
     assert "SIMULATED" in printed and OTHER_IMAGE in printed and "member west" in printed

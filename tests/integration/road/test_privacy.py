@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from contextlib import aclosing
 from typing import Any
 
 import casemate as cm
@@ -28,6 +27,7 @@ from casemate_worker.key_schedule import resume_key
 from casemate_worker.training.state import TrainingState
 from nats.aio.client import Client
 from support.road import SCIENTIST, Road, ask, ended, request
+from support.waiting import record_once
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -60,12 +60,9 @@ async def test_two_attempts_at_the_same_terms_draw_different_noise(road: Road) -
 
 async def _checkpointed(host: Client, job_id: str, *, attempt: int) -> JobRecord:
     """The job's record as soon as that attempt has left a checkpoint."""
-    async with asyncio.timeout(60), aclosing(JobStore(host).watch(job_id)) as records:
-        async for record, _ in records:
-            if record.attempt >= attempt and record.checkpoint is not None:
-                assert record.attempt == attempt
-                return record
-    raise AssertionError("the record is not watched any more")
+    record = await record_once(JobStore(host), job_id, lambda r: r.attempt >= attempt and r.checkpoint is not None)
+    assert record.attempt == attempt
+    return record
 
 
 def _resume_key(road: Road, terms: Terms, digest: bytes) -> bytes:

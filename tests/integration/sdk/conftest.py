@@ -14,7 +14,7 @@ import pytest
 from casemate.identity import Identity
 from casemate_gateway.app import running
 from casemate_gateway.settings import Settings as GatewaySettings
-from casemate_key_broker.__main__ import Handlers
+from casemate_key_broker.handlers import Handlers
 from casemate_messaging.logs import ProgramLog
 from casemate_messaging.rpc import serve
 from casemate_schemas import subjects

@@ -11,10 +11,8 @@ from typing import Any
 import casemate as cm
 import numpy as np
 import pytest
-from casemate import cli
-from casemate.cli import run
-from casemate.identity import save_keys
 from casemate_schemas.errors import DatasetError
+from support.command_line import casemate, signed_in
 from support.key_brokers import Bench
 
 from .conftest import Road
@@ -26,15 +24,11 @@ Steward = Callable[..., Any]
 @pytest.fixture
 def steward(road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Steward:
     """Runs a command as north's steward; its exit status and what it printed."""
-    key = tmp_path / "nora.key"
     nora = road.bench.stewards["north"]
-    save_keys(key, replace(nora.keys, delegation=nora.delegation))
-    monkeypatch.setenv("CASEMATE_URL", road.url)
-    monkeypatch.setenv("CASEMATE_IDENTITY", str(key))
-    monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "state"))
+    signed_in(monkeypatch, road.url, replace(nora.keys, delegation=nora.delegation), tmp_path)
 
     async def command(*arguments: str) -> tuple[int, str]:
-        status = await asyncio.to_thread(run, lambda: cli.cli.main(list(arguments), standalone_mode=False))
+        status = await asyncio.to_thread(casemate, *arguments)
         shown = capsys.readouterr()
         lines = (shown.out + shown.err).splitlines()  # the programs, which run in this process, log there as well
         return status, " ".join(word for line in lines if not line.startswith("{") for word in line.split())

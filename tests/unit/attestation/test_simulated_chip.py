@@ -23,7 +23,6 @@ from casemate_attestation.simulated_chip import (
     SimulatedChip,
     SimulatedRoot,
     create_hierarchy,
-    load_root,
     measure_key_broker_image,
     measure_packages,
     measure_worker_image,
@@ -153,7 +152,7 @@ def test_the_key_is_private(running: Running) -> None:
     assert stat.S_IMODE(running.socket_path.parent.stat().st_mode) == 0o700
     keys = [path for path in running.key_dir.iterdir() if b"PRIVATE KEY" in path.read_bytes()]
     assert [key.name for key in keys] == ["SIMULATED-vcek-key.pem"]  # the ARK's and ASK's are gone
-    assert load_root(running.key_dir) == running.root
+    assert SimulatedChip.load(running.key_dir).root == running.root
 
 
 def test_a_folder_that_others_can_read_is_refused(milan: Bench, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from casemate_gateway.metrics import Metrics
 from casemate_gateway.problems import error_boundary, problem
+from casemate_gateway.tracing import OFF
 from casemate_messaging.logs import ProgramLog
 from casemate_schemas import errors
 from casemate_schemas.errors import CasemateError
@@ -44,7 +45,7 @@ async def raises(request: web.Request) -> web.Response:
 
 @pytest.fixture
 async def client() -> AsyncIterator[TestClient[web.Request, web.Application]]:
-    app = web.Application(middlewares=[error_boundary(ProgramLog("gateway"), Metrics())])
+    app = web.Application(middlewares=[error_boundary(ProgramLog("gateway"), Metrics(), OFF)])
     app.add_routes([web.get("/raises/{secret}", raises)])
     async with TestClient(TestServer(app)) as client:
         yield client

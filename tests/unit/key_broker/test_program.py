@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from casemate_key_broker import audit_log
-from casemate_key_broker.__main__ import Handlers, open_key_broker
+from casemate_key_broker.__main__ import open_key_broker
 from casemate_key_broker.database import Database, get_meta
+from casemate_key_broker.handlers import Handlers
 from casemate_key_broker.party import pin_consortium
 from casemate_key_broker.seed_shares import SeedSecrets
 from casemate_key_broker.settings import Settings
+from casemate_messaging.files import read_file
 from casemate_messaging.logs import ProgramLog
-from casemate_messaging.settings import read_file
 from casemate_schemas.admission import PrecheckAnswer
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ConsortiumManifest, ManifestChain, sign_manifest
@@ -50,6 +51,15 @@ def _settings_file(folder: Path, **changed: Any) -> Path:
     path = folder / "settings.toml"
     path.write_text("".join(f'{name} = "{value}"\n' for name, value in fields.items()))
     return path
+
+
+def _founding(bench: Bench, folder: Path, key_broker: str = "north") -> Settings:
+    """Of a key broker in ``bench``'s first manifest, with its keys and nothing else in its folder."""
+    (folder / "manifest").write_bytes(encode(bench.chain))
+    (folder / "keys").touch(mode=0o600)
+    (folder / "keys").write_text(bench.key_brokers[key_broker].to_text())
+    files = {"keys_file": folder / "keys", "manifest_file": folder / "manifest", "state_dir": folder / "state"}
+    return Settings.load(_settings_file(folder, key_broker=key_broker, consortium=bench.consortium.id.hex(), **files))
 
 
 def test_the_environment_stands_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,19 +162,9 @@ def test_it_never_goes_back_behind_a_manifest(bench: Bench, tmp_path: Path) -> N
 
 
 def test_the_keys_must_be_those_in_the_manifest(bench: Bench, tmp_path: Path) -> None:
-    (tmp_path / "manifest").write_bytes(encode(bench.chain))
-    keys = tmp_path / "keys"
-    keys.touch(mode=0o600)
-    path = _settings_file(
-        tmp_path,
-        consortium=bench.consortium.id.hex(),
-        keys_file=keys,
-        manifest_file=tmp_path / "manifest",
-        state_dir=tmp_path / "state",
-    )
-    settings = Settings.load(path)
+    settings = _founding(bench, tmp_path)
     for owner, expected in (("south", SetupError), ("north", None)):
-        keys.write_text(bench.key_brokers[owner].to_text())
+        settings.keys_file.write_text(bench.key_brokers[owner].to_text())
         database = Database(settings.state_dir)
         if expected is None:
             assert open_key_broker(settings, database).manifests.current.id == bench.consortium.id
@@ -226,20 +226,7 @@ def test_a_newer_manifest_is_pinned_then_used_and_one_without_this_key_broker_en
     bench: Bench, tmp_path: Path
 ) -> None:
     """Also by those that are asked while it changes: a request under way keeps the key broker it began with."""
-    (tmp_path / "manifest").write_bytes(encode(bench.chain))
-    keys = tmp_path / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text(bench.key_brokers["south"].to_text())
-    settings = Settings.load(
-        _settings_file(
-            tmp_path,
-            key_broker="south",
-            consortium=bench.consortium.id.hex(),
-            keys_file=keys,
-            manifest_file=tmp_path / "manifest",
-            state_dir=tmp_path / "state",
-        )
-    )
+    settings = _founding(bench, tmp_path, "south")
     database = Database(settings.state_dir)
     program = open_key_broker(settings, database)
     before = program.serving()
@@ -263,19 +250,7 @@ def test_a_newer_manifest_is_pinned_then_used_and_one_without_this_key_broker_en
 
 def test_a_revocation_is_kept_then_used_under_every_manifest(bench: Bench, tmp_path: Path) -> None:
     """Also after a restart, without a word from NATS."""
-    (tmp_path / "manifest").write_bytes(encode(bench.chain))
-    keys = tmp_path / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text(bench.key_brokers["north"].to_text())
-    settings = Settings.load(
-        _settings_file(
-            tmp_path,
-            consortium=bench.consortium.id.hex(),
-            keys_file=keys,
-            manifest_file=tmp_path / "manifest",
-            state_dir=tmp_path / "state",
-        )
-    )
+    settings = _founding(bench, tmp_path)
     nora, now = bench.stewards["north"], bench.clock()
     asked = bench.request("north", nora, ListApprovals())
     revocation = Revocation(consortium=bench.consortium.id, member="north", person="nora", before=now, created=now)

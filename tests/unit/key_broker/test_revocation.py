@@ -149,15 +149,16 @@ async def test_a_product_that_is_no_longer_accepted_is_forgotten(
     assert waits == [0.0, 60.0, 60.0]
 
 
+def _files_of_milan(kds: SimulatedKds) -> dict[str, bytes]:
+    """What an operator puts into the cache by hand."""
+    return {"ark_milan.der": authority().ark, "ask_milan.der": authority().ask, "crl_milan.der": kds.crls["Milan"]}
+
+
 def test_offline_lists_are_the_operators(tmp_path: Path, kds: SimulatedKds) -> None:
     bench = Bench(tmp_path)
     folder = tmp_path / "kds"
     offline = lists(bench, kds_cache_dir=folder)
-    for name, content in (
-        ("ark_milan.der", authority().ark),
-        ("ask_milan.der", authority().ask),
-        ("crl_milan.der", kds.crls["Milan"]),
-    ):
+    for name, content in _files_of_milan(kds).items():
         with pytest.raises(UnavailableError):
             grant(bench, offline)
         (folder / name).write_bytes(content)
@@ -170,11 +171,7 @@ def test_a_vleks_evidence_needs_the_list_of_its_own_authority(tmp_path: Path, kd
     bench = Bench(tmp_path)
     folder = tmp_path / "kds"
     offline = lists(bench, kds_cache_dir=folder)
-    for name, content in (
-        ("ark_milan.der", authority().ark),
-        ("ask_milan.der", authority().ask),
-        ("crl_milan.der", kds.crls["Milan"]),
-    ):
+    for name, content in _files_of_milan(kds).items():
         (folder / name).write_bytes(content)
     worker = Worker(bench.accepted_job(bench.register().use()))
     evidence = bench.evidence(worker)

@@ -1,11 +1,17 @@
+"""Files are read whole or not at all, and written whole or not at all."""
+
 from __future__ import annotations
 
 import os
 import stat
+import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
-from casemate_messaging.files import write_durably
+from casemate_messaging import files
+from casemate_messaging.files import create_private, read_file, write_durably
+from casemate_schemas.errors import SetupError
 
 
 def test_a_file_is_replaced_whole_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -61,3 +67,54 @@ def test_a_link_left_where_the_draft_goes_is_not_followed(tmp_path: Path) -> Non
     write_durably(tmp_path / "pin", b"secret")
     assert victim.read_bytes() == b"untouched"
     assert not (tmp_path / "pin").is_symlink()
+
+
+def test_a_new_file_takes_no_other_ones_place(tmp_path: Path) -> None:
+    create_private(tmp_path / "key", b"secret")
+    assert stat.S_IMODE((tmp_path / "key").stat().st_mode) == 0o600
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("key", "link"):
+        with pytest.raises(FileExistsError):
+            create_private(tmp_path / name, b"other")
+    assert (tmp_path / "key").read_bytes() == b"secret" and not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_of_as_many_bytes_as_may_be_and_of_one_more(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678")
+    assert read_file(path, 8) == b"12345678"
+    with pytest.raises(SetupError, match="at most 7 bytes"):
+        read_file(path, 7)
+    for nothing in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SetupError, match="cannot read"):
+            read_file(nothing, 8)
+
+
+def test_a_small_file_takes_little_memory_whatever_it_may_hold(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"small")
+    tracemalloc.start()
+    try:
+        assert read_file(path, 64 << 30) == b"small"
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("size", "whole"), [(8, True), (9, False)])
+def test_what_does_not_say_how_large_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, whole: bool
+) -> None:
+    monkeypatch.setattr(files, "_PIPE_BYTES", 8)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(bytes(size),))
+    writer.start()
+    try:
+        if whole:
+            assert read_file(path, 1 << 20) == bytes(size)
+        else:
+            with pytest.raises(SetupError, match="at most 8 bytes"):
+                read_file(path, 1 << 20)
+    finally:
+        writer.join()

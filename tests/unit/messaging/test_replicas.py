@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
-import nats.js.errors
 import pytest
 from casemate_messaging import direct, jobs
 from casemate_messaging.jobs import JobStore
@@ -25,17 +25,24 @@ def answer(record: JobRecord, revision: int) -> Any:
 
 
 class Client:
-    """Answers reads with ``replies``, the last one again and again; acknowledges each write as revision 7."""
+    """Answers reads with ``replies``, the last one again and again; answers each write with ``written``, revision 7."""
 
-    def __init__(self, *replies: Any) -> None:
+    def __init__(self, *replies: Any, written: bytes = b'{"stream":"KV_jobs-0","seq":7}') -> None:
         self.replies = list(replies)
+        self.written = written
         self.asked = 0
 
-    def jetstream(self, **_: object) -> Any:
-        async def publish(*_: object, **__: object) -> Any:
-            return SimpleNamespace(seq=7)
+    def jetstream(self, **_: object) -> None:
+        """Nothing of it is used here."""
 
-        return SimpleNamespace(publish=publish)
+    def new_inbox(self) -> str:
+        return "_INBOX"
+
+    async def subscribe(self, _: str, cb: Callable[[Any], Awaitable[None]]) -> None:
+        self.answer = cb
+
+    async def publish(self, *_: object, reply: str, **__: object) -> None:
+        await self.answer(SimpleNamespace(subject=reply, data=self.written, headers=None))
 
     async def request(self, *_: object, **__: object) -> Any:
         self.asked += 1
@@ -89,12 +96,10 @@ async def test_a_store_reads_what_it_wrote() -> None:
 
 
 async def test_a_job_that_is_there_already_is_looked_for_again() -> None:
-    client: Any = Client(MISSING, answer(QUEUED, 3))
-
-    async def publish(*_: object, **__: object) -> None:
-        raise nats.js.errors.APIError(code=400, err_code=10071, description="wrong last sequence: 3")
-
-    client.jetstream = lambda **_: SimpleNamespace(publish=publish)
+    refused = (
+        b'{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 3"},"stream":"KV_jobs-0","seq":0}'
+    )
+    client: Any = Client(MISSING, answer(QUEUED, 3), written=refused)
     assert await JobStore(client).create(QUEUED) == (QUEUED, 3, False)
 
 

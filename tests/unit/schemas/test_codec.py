@@ -87,6 +87,14 @@ def test_depth_is_bounded_both_ways() -> None:
         unpack(b"\x91" * 100_000 + b"\xc0")
 
 
+@pytest.mark.parametrize(
+    "value", [1 << 64, -(1 << 63) - 1, {"a": 1 << 64}, [float("nan")], {"a": {1: 2}}, {1: 2}, {"a": {1}}]
+)
+def test_what_has_no_canonical_form_is_refused(value: Any) -> None:
+    with pytest.raises(MalformedError):
+        pack(value)
+
+
 def test_size_is_checked_before_anything_is_parsed() -> None:
     with pytest.raises(TooLargeError):
         unpack(pack(b"x" * 100), max_bytes=50)

@@ -17,12 +17,12 @@ from casemate.amendments import (
     with_measurements,
     with_member,
 )
-from casemate.cli import cli, run
 from casemate_schemas.attestation_policy import AMD_ARK_SHA256, AcceptedProduct, AttestationPolicy, TcbVersion
 from casemate_schemas.codec import decode
 from casemate_schemas.consortium import ConsortiumManifest, Member, verify_chain, verify_next
 from casemate_schemas.errors import ManifestError, ParameterError
 from casemate_schemas.keyring import KeyRing
+from support.command_line import casemate
 from support.consortium import amended, consortium_for_tests
 
 KEYS = consortium_for_tests()
@@ -147,11 +147,11 @@ def test_what_cannot_be_proposed() -> None:
 def test_a_members_private_keys_stay_private(tmp_path: Path) -> None:
     key, out = tmp_path / "west.key", tmp_path / "west.member"
     arguments = ["consortium", "new-member", "west", "--key", str(key), "--out", str(out)]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    assert casemate(*arguments) == 0
     keys, member = KeyRing.from_text(key.read_text()), decode(Member, out.read_bytes())
     assert key.stat().st_mode & 0o077 == 0
     assert (member.id, member.signing_key) == ("west", keys.signing.public)
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 2, "neither file is ever replaced"
+    assert casemate(*arguments) == 2, "neither file is ever replaced"
 
 
 def test_a_published_chain_is_what_verify_chain_accepts() -> None:

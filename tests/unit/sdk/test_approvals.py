@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from casemate import sync
-from casemate.cli import cli, run
 from casemate.cli.approvals import _facts
 from casemate.client import connect
-from casemate.identity import Identity, new_person, save_keys
+from casemate.identity import Identity, new_person
 from casemate.progress import Progress
 from casemate_schemas import api
 from casemate_schemas.approval import Approval
@@ -47,6 +46,7 @@ from casemate_schemas.requests import (
 from casemate_schemas.signatures import Signed, sign
 from casemate_schemas.terms import Terms
 from rich.console import Console
+from support.command_line import casemate, signed_in
 from support.fake_gateway import FakeGateway, serving
 from support.results import JOB_ID, World
 
@@ -401,21 +401,14 @@ async def test_the_command_signs_nothing_unless_told_to(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = person("north")
-    save_keys(tmp_path / "nora.key", options["identity"].keys)
     async with serving(FakeGateway(waiting.w, waiting.answer)) as gateway:
-        monkeypatch.setenv("CASEMATE_URL", gateway.url)
-        monkeypatch.setenv("CASEMATE_IDENTITY", str(tmp_path / "nora.key"))
-        monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "state"))
-
-        async def casemate(*arguments: str) -> int:
-            return await asyncio.to_thread(run, lambda: cli.main(list(arguments), standalone_mode=False))
-
+        signed_in(monkeypatch, gateway.url, options["identity"].keys, tmp_path)
         monkeypatch.setattr("click.confirm", lambda *_, **__: False)
-        assert await casemate("approvals", "approve", JOB_ID) == 1
+        assert await asyncio.to_thread(casemate, "approvals", "approve", JOB_ID) == 1
         assert waiting.given == [] and "clara@lab asks" in capsys.readouterr().out
-        assert await casemate("approvals", "deny", JOB_ID, "--yes") == 0
+        assert await asyncio.to_thread(casemate, "approvals", "deny", JOB_ID, "--yes") == 0
         assert [item.decision for item in waiting.given] == ["deny"]
-        assert await casemate("approvals", "list") == 0
+        assert await asyncio.to_thread(casemate, "approvals", "list") == 0
         shown = capsys.readouterr().out
         assert "no answer from key broker lab" in shown and "SIMULATED" in shown
 

@@ -12,9 +12,6 @@ import casemate as cm
 import numpy as np
 import pytest
 import torch
-from casemate import cli
-from casemate.cli import run
-from casemate.identity import save_keys
 from casemate.results import load, open_result
 from casemate.verification import verify_result
 from casemate_privacy.accounting import epsilon
@@ -24,6 +21,7 @@ from casemate_schemas.audit import AuditCounts
 from casemate_schemas.errors import ParameterError, ReleaseError
 from casemate_schemas.job import Audit, Plan
 from casemate_schemas.result import ResultManifest
+from support.command_line import casemate, network_in, signed_in
 from support.fake_gateway import FakeGateway
 from support.results import Edits, World
 
@@ -171,13 +169,8 @@ async def test_what_no_worker_could_audit_is_refused_before_anything_is_sent(
 async def test_an_audit_from_the_command_line(
     gateway: FakeGateway, w: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_keys(tmp_path / "clara.key", w.clara.keys)
-    (tmp_path / "net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(2, 1))\n")
-    monkeypatch.setenv("CASEMATE_URL", gateway.url)
-    monkeypatch.setenv("CASEMATE_IDENTITY", str(tmp_path / "clara.key"))
-    monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "state"))
+    signed_in(monkeypatch, gateway.url, w.clara.keys, tmp_path)
     line = "jobs submit --dataset cardio@south --target outcome --epsilon 3 --delta 1e-3 --batch-size 50 --steps 20"
-    words = [*line.split(), "--lr", "0.5", "--audit", "500", "--model", f"{tmp_path / 'net.py'}:net"]
-    status = await asyncio.to_thread(run, lambda: cli.cli.main(words, standalone_mode=False))
-    assert status == 0
+    words = [*line.split(), "--lr", "0.5", "--audit", "500", "--model", network_in(tmp_path)]
+    assert await asyncio.to_thread(casemate, *words) == 0
     assert opened_job(gateway, w)[0].plan.audit == Audit(canaries=500, confidence=0.95)

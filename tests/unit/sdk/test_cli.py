@@ -11,7 +11,6 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-from casemate import cli
 from casemate.cli import COMMANDS, run
 from casemate.cli.datasets import read_card, read_columns, read_licence
 from casemate.cli.jobs import load_model
@@ -20,20 +19,16 @@ from casemate.identity import save_keys
 from casemate.results import open_result
 from casemate_schemas.errors import BudgetError, MalformedError, ParameterError, SetupError
 from casemate_schemas.licence import WithMeasurement
+from support.command_line import casemate, signed_in
 from support.fake_gateway import FakeGateway, job_status
 from support.results import JOB_ID, World
 
 from .conftest import card_of, licence_of
 
 
-def invoke(*arguments: str) -> int:
-    """The exit status of ``casemate ARGUMENTS``."""
-    return run(lambda: cli.cli.main(list(arguments), standalone_mode=False))
-
-
 def test_help_lists_every_command_and_imports_none_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     loaded = {name for name in sys.modules if name.startswith("casemate.cli.")}
-    assert invoke("--help") == 0
+    assert casemate("--help") == 0
     text = capsys.readouterr().out
     for name in COMMANDS:
         assert f"  {name}" in text
@@ -41,7 +36,7 @@ def test_help_lists_every_command_and_imports_none_of_them(capsys: pytest.Captur
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("version") == 0
+    assert casemate("version") == 0
     assert capsys.readouterr().out.startswith("casemate 0.")
 
 
@@ -53,7 +48,7 @@ def test_a_command_whose_extra_is_missing_says_the_line_that_mends_it(
 
     monkeypatch.setattr("casemate.cli.importlib.import_module", missing)
     with pytest.raises(SystemExit) as ended:
-        invoke("up", "--whatever")
+        casemate("up", "--whatever")
     assert ended.value.code == 2
     assert "pip install 'casemate[local]'" in capsys.readouterr().err
 
@@ -72,7 +67,7 @@ def test_errors_of_the_tree_are_one_line_and_an_exit_status(capsys: pytest.Captu
 
 
 def test_no_such_command_is_a_usage_error() -> None:
-    assert invoke("nothing") == 2
+    assert casemate("nothing") == 2
 
 
 def test_verify_shows_every_step_and_says_simulated(
@@ -82,26 +77,22 @@ def test_verify_shows_every_step_and_says_simulated(
     open_result(w.result(), w.clara, w.expected()).save(folder)
     save_keys(key, w.clara.keys)
     arguments = ["results", "verify", str(folder), "--identity", str(key)]
-    assert invoke(*arguments) == 0
+    assert casemate(*arguments) == 0
     text = capsys.readouterr().out
     assert "SIMULATED" in text and "✓ 12" in text and JOB_ID in text
-    assert invoke(*arguments, "--json") == 0
+    assert casemate(*arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["simulation"] is True and len(found["verified"]) == 12
     release = folder / "release"
     release.write_bytes(release.read_bytes()[:-1] + b"\x00")
-    assert invoke(*arguments) == 1
+    assert casemate(*arguments) == 1
     assert "step 1 (release)" in capsys.readouterr().err
 
 
 async def test_commands_speak_to_the_gateway_and_say_simulated(
     gateway: FakeGateway, w: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key = tmp_path / "clara.key"
-    save_keys(key, w.clara.keys)
-    monkeypatch.setenv("CASEMATE_URL", gateway.url)
-    monkeypatch.setenv("CASEMATE_IDENTITY", str(key))
-    monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "state"))
+    signed_in(monkeypatch, gateway.url, w.clara.keys, tmp_path)
     approval = {"key_broker": "north", "verdict": "refused\x1b[2J", "answer": None}
     gateway.status = job_status(JOB_ID, "refused", reason="licence_forbids", approvals=[approval])
     expected = {
@@ -116,11 +107,11 @@ async def test_commands_speak_to_the_gateway_and_say_simulated(
         ("jobs", "cancel", JOB_ID): (0, JOB_ID),
     }
     for arguments, (status, text) in expected.items():
-        assert await asyncio.to_thread(invoke, *arguments) == status, arguments
+        assert await asyncio.to_thread(casemate, *arguments) == status, arguments
         shown = capsys.readouterr()
         assert text in shown.out and "SIMULATED" in shown.out and "\x1b[2J" not in shown.out, arguments
         assert ("first contact" in shown.err) == (arguments == ("datasets", "list"))
-    assert await asyncio.to_thread(invoke, "results", "get", JOB_ID, "-o", str(tmp_path / "out")) == 1
+    assert await asyncio.to_thread(casemate, "results", "get", JOB_ID, "-o", str(tmp_path / "out")) == 1
     assert "licence_forbids" in capsys.readouterr().err
 
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from casemate import cli
-from casemate.cli import run
 from casemate.deployment import read_plan, write_deployment
 from casemate_schemas.codec import encode
 from casemate_schemas.errors import ManifestError, SetupError
+from support.command_line import casemate
 from support.consortium import consortium_for_tests
 
 SERVER = """
@@ -81,7 +80,7 @@ def test_a_wrong_plan_is_refused_before_anything_is_written(
     with pytest.raises(SetupError, match=says):
         read_plan(path)
     command = ["consortium", "init", str(path), "--out", str(tmp_path / "out")]
-    assert run(lambda: cli.cli.main(command, standalone_mode=False)) == 2
+    assert casemate(*command) == 2
     assert not (tmp_path / "out").exists() and says in capsys.readouterr().err
 
 
@@ -94,8 +93,8 @@ def test_another_consortiums_manifest_is_refused(plan: str, tmp_path: Path) -> N
 
 def test_the_command_says_where_everything_is(plan: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["consortium", "init", str(_written(tmp_path, plan)), "--out", str(tmp_path / "out")]
-    assert run(lambda: cli.cli.main(command, standalone_mode=False)) == 0
+    assert casemate(*command) == 0
     told = capsys.readouterr().out
     assert f"{tmp_path}/out/workers/worker-2\n" in told and f"{tmp_path}/out/nats/nats-3\n" in told
     assert (tmp_path / "out/workers/worker-2/nats.seed").read_text() not in told
-    assert run(lambda: cli.cli.main(command, standalone_mode=False)) == 2
+    assert casemate(*command) == 2

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casemate import cli
-from casemate.cli import run
 from casemate.doctor.live import MAX_SKEW_MS, check_servers
 from casemate.doctor.nats_config import check_config
 from casemate_messaging.durability import ServerStatus
 from casemate_messaging.server import ServerTls, create_user_key
 from casemate_schemas.codec import encode
+from support.command_line import casemate
 from support.operator_site import OperatorSite
 from support.tls import Authority
 
@@ -248,16 +247,16 @@ async def test_no_secret_is_shown(site: OperatorSite) -> None:
 def test_the_command_says_it_in_lines_and_in_json(site: OperatorSite, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["doctor", "--offline", "--gateway", str(site.folder / "gateway.toml")]
     site.given()
-    assert run(lambda: cli.cli.main(arguments, standalone_mode=False)) == 0
+    assert casemate(*arguments) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 wrong, ")
     site.seeds["gateway"].chmod(0o644)
-    assert run(lambda: cli.cli.main(arguments, standalone_mode=False)) == 1
+    assert casemate(*arguments) == 1
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("WRONG")).endswith(f"fix: chmod 600 {site.seeds['gateway']}")
-    assert run(lambda: cli.cli.main([*arguments, "--json"], standalone_mode=False)) == 1
+    assert casemate(*arguments, "--json") == 1
     told = json.loads(capsys.readouterr().out)
     assert told["wrong"] == 1
     assert [finding["fix"] for finding in told["findings"] if not finding["ok"]] == [
         f"chmod 600 {site.seeds['gateway']}"
     ]
-    assert run(lambda: cli.cli.main(["doctor"], standalone_mode=False)) == 2
+    assert casemate("doctor") == 2

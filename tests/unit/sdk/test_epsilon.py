@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from casemate.cli import cli, run
 from casemate.cli.epsilon import recompute
 from casemate.identity import save_keys
 from casemate.results import open_result
@@ -17,12 +16,9 @@ from casemate_privacy.recorded import MAX_FILE_BYTES, RecordedEvents, events_of_
 from casemate_schemas.errors import MalformedError, ParameterError, TooLargeError
 from casemate_schemas.job import NoisePhase
 from casemate_schemas.requests import Budget, BudgetRenewed, RenewBudget, ShowBudget
+from support.command_line import casemate
 from support.key_brokers import Bench
 from support.results import World
-
-
-def invoke(*arguments: str) -> int:
-    return run(lambda: cli.main(args=list(arguments), standalone_mode=False))
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +75,11 @@ def test_a_figure_that_does_not_follow_is_told_and_is_the_exit_status(
 ) -> None:
     file = tmp_path / "events.json"
     file.write_bytes(ledger)
-    assert invoke("epsilon", "--events", str(file)) == 0
+    assert casemate("epsilon", "--events", str(file)) == 0
     assert "✗" not in capsys.readouterr().out
     for forged in _forgeries(json.loads(ledger)):
         file.write_text(forged)
-        assert invoke("epsilon", "--events", str(file)) == 1
+        assert casemate("epsilon", "--events", str(file)) == 1
         assert capsys.readouterr().out.count("✗") == 1
 
 
@@ -94,7 +90,7 @@ def test_a_results_figures_are_recomputed_offline_and_without_torch(
     folder, key, file = tmp_path / "out", tmp_path / "clara.key", tmp_path / "events.json"
     result.save(folder)
     save_keys(key, w.clara.keys)
-    assert invoke("results", "events", str(folder), "--identity", str(key), "--out", str(file)) == 0
+    assert casemate("results", "events", str(folder), "--identity", str(key), "--out", str(file)) == 0
     assert "3 figures" in capsys.readouterr().out
     code = (
         "import socket, sys; socket.socket.connect = None\n"
@@ -120,7 +116,7 @@ def test_a_results_figures_are_recomputed_offline_and_without_torch(
 def test_another_delta_and_the_second_accountant(w: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "events.json"
     file.write_text(open_result(w.result(), w.clara, w.expected()).privacy_events().model_dump_json())
-    assert invoke("epsilon", "--events", str(file), "--delta", "1e-6", "--check", "--json") == 0
+    assert casemate("epsilon", "--events", str(file), "--delta", "1e-6", "--check", "--json") == 0
     for item in json.loads(capsys.readouterr().out):
         assert item["charged"] is None and item["delta"] == 1e-6
         assert item["checked"]["lower"] <= item["epsilon"] <= item["checked"]["upper"]

@@ -12,9 +12,7 @@ import casemate as cm
 import numpy as np
 import pytest
 from casemate.amendments import Proposal
-from casemate.cli import cli, run
 from casemate.hosting import with_hosted_key_broker, with_key_broker_measurement
-from casemate.identity import save_keys
 from casemate_schemas.codec import decode, encode
 from casemate_schemas.consortium import ConsortiumManifest, ManifestChain
 from casemate_schemas.custody import DatasetPrepared, PrepareDataset
@@ -37,6 +35,7 @@ from casemate_schemas.key_broker_evidence import (
 )
 from casemate_schemas.keyring import KeyRing
 from casemate_schemas.requests import DatasetRegistered, PersonRequest, RegisterDataset, TellTime, TimeTold
+from support.command_line import casemate, signed_in
 from support.fake_gateway import FakeGateway, serving
 from support.results import MEASUREMENT, World
 
@@ -225,27 +224,23 @@ async def test_the_commands_attest_and_tell_the_time(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save_keys(tmp_path / "clara.key", w.clara.keys)
-    monkeypatch.setenv("CASEMATE_URL", hosted_gateway.url)
-    monkeypatch.setenv("CASEMATE_IDENTITY", str(tmp_path / "clara.key"))
-    monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "pins"))
+    signed_in(monkeypatch, hosted_gateway.url, w.clara.keys, tmp_path)
 
-    async def casemate(*arguments: str) -> tuple[int, str]:
-        status = await asyncio.to_thread(run, lambda: cli.main(list(arguments), standalone_mode=False))
-        return status, capsys.readouterr().out
+    async def command(*arguments: str) -> tuple[int, str]:
+        return await asyncio.to_thread(casemate, *arguments), capsys.readouterr().out
 
-    status, told = await casemate("key-broker", "attest", "north")
+    status, told = await command("key-broker", "attest", "north")
     assert status == 0 and "✓ measurement" in told and "lists the keys that it holds" in told
     north.keys = KeyRing.generate()
-    status, told = await casemate("key-broker", "attest", "north")
+    status, told = await command("key-broker", "attest", "north")
     assert status == 1 and "other keys" in told
-    status, told = await casemate("consortium", "amend", "--host", "north", "--out", str(tmp_path / "proposal"))
+    status, told = await command("consortium", "amend", "--host", "north", "--out", str(tmp_path / "proposal"))
     assert status == 0
     proposed = decode(Proposal, (tmp_path / "proposal").read_bytes()).open(north.consortium)
     assert proposed.key_broker("north").sealing_key == north.keys.sealing.public
     north.image = MEASUREMENT
-    assert (await casemate("key-broker", "attest", "north"))[0] == 1
-    assert (await casemate("consortium", "amend", "--host", "north", "--out", str(tmp_path / "other")))[0] == 1
+    assert (await command("key-broker", "attest", "north"))[0] == 1
+    assert (await command("consortium", "amend", "--host", "north", "--out", str(tmp_path / "other")))[0] == 1
     assert not (tmp_path / "other").exists()
 
 

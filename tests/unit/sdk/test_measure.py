@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from casemate import measure as measure_module
-from casemate.cli import cli, run
 from casemate.cli.attestation import attestation
 from casemate.identity import save_keys
 from casemate.measure import Image, measure_image, measure_simulated
@@ -31,6 +30,7 @@ from casemate_schemas.signatures import Signed, sign
 from click.testing import CliRunner, Result
 from pydantic import ValidationError
 from sevsnpmeasure import cli as library
+from support.command_line import casemate
 from support.key_brokers import MEASUREMENT, Bench
 
 REVISION = "ab" * 20
@@ -208,19 +208,19 @@ def test_values_that_say_too_little_or_too_much(wrong: dict[str, Any]) -> None:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def casemate(*arguments: str | Path) -> Result:
+def attestation_command(*arguments: str | Path) -> Result:
     return CliRunner().invoke(attestation, [str(argument) for argument in arguments])
 
 
 def test_the_command_prints_a_measurement_for_scripts(image: Image) -> None:
     files = ("--ovmf", image.ovmf, "--kernel", str(image.kernel), "--initrd", str(image.initrd))
     machine = ("--vcpus", 2, "--vcpu-type", "EPYC-Milan", "--guest-features", "0x21", "--revision", REVISION)
-    result = casemate("measure", *files, "--command-line", "console=ttyS0", *map(str, machine))
+    result = attestation_command("measure", *files, "--command-line", "console=ttyS0", *map(str, machine))
     assert result.stdout.strip() == measured(image).measurement.hex(), result.output
 
 
 def test_the_command_says_simulated(image: Image) -> None:
-    result = casemate("measure", "--simulated")
+    result = attestation_command("measure", "--simulated")
     assert result.stdout.strip() == measure_worker_image().hex()
     assert "SIMULATED" in result.stderr
 
@@ -236,12 +236,11 @@ def test_the_command_says_simulated(image: Image) -> None:
     ],
 )
 def test_arguments_that_do_not_go_together(arguments: tuple[str, ...]) -> None:
-    assert casemate("measure", *arguments).exit_code == 2
+    assert attestation_command("measure", *arguments).exit_code == 2
 
 
 def test_a_branch_is_no_revision(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["attestation", "measure", "--simulated", "--revision", "main"]
-    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 1
+    assert casemate("attestation", "measure", "--simulated", "--revision", "main") == 1
     assert "revision" in capsys.readouterr().err
 
 
@@ -250,22 +249,24 @@ def test_a_reference_value_from_making_to_checking(tmp_path: Path) -> None:
     keys, chain, file = tmp_path / "north.key", tmp_path / "manifest", tmp_path / "worker.reference"
     save_keys(keys, bench.members["north"])
     chain.write_bytes(encode(bench.chain))
-    made = casemate("measure", "--simulated", "--revision", REVISION, "--sign-with", keys, "--out", file)
+    made = attestation_command("measure", "--simulated", "--revision", REVISION, "--sign-with", keys, "--out", file)
     assert made.exit_code == 0, made.output
 
-    shown = casemate("reference", "show", file).stdout
+    shown = attestation_command("reference", "show", file).stdout
     for text in ("SIMULATED", measure_worker_image().hex(), REVISION, "casemate_worker", "not verified"):
         assert text in shown
 
-    unlisted = casemate("reference", "verify", file, "--manifest", chain)
+    unlisted = attestation_command("reference", "verify", file, "--manifest", chain)
     assert (unlisted.exit_code, "✗ not listed in manifest 1" in unlisted.stdout) == (1, True)
     file.write_bytes(encode(sign(reference(), bench.members["north"].signing)))
-    listed = casemate("reference", "verify", file, "--manifest", chain, "--consortium", bench.consortium.id.hex())
+    listed = attestation_command(
+        "reference", "verify", file, "--manifest", chain, "--consortium", bench.consortium.id.hex()
+    )
     assert listed.exit_code == 0, listed.output
     assert "✓ signed by member north" in listed.stdout
     assert "✓ listed in manifest 1\n" in listed.stdout
 
     signed = decode(Signed, file.read_bytes())
     file.write_bytes(encode(sign(signed.peek(ReferenceValue), KeyRing.generate().signing)))
-    stranger = casemate("reference", "verify", file, "--manifest", chain)
+    stranger = attestation_command("reference", "verify", file, "--manifest", chain)
     assert isinstance(stranger.exception, SignatureError)

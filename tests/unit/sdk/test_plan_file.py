@@ -10,13 +10,11 @@ from typing import Any
 
 import casemate as cm
 import pytest
-from casemate import cli
-from casemate.cli import run
 from casemate.cli.plan_file import TrainingPlan, read_plan
-from casemate.identity import save_keys
 from casemate_schemas.admission import Routing
 from casemate_schemas.errors import ParameterError, SetupError
 from click import UsageError
+from support.command_line import casemate, network_in, signed_in
 from support.fake_gateway import FakeGateway
 from support.results import World
 
@@ -179,11 +177,7 @@ def test_a_file_that_is_none_is_a_setup_error(tmp_path: Path) -> None:
 async def test_a_job_from_a_file_on_the_command_line(
     gateway: FakeGateway, w: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_keys(tmp_path / "clara.key", w.clara.keys)
-    (tmp_path / "net.py").write_text("from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(2, 1))\n")
-    monkeypatch.setenv("CASEMATE_URL", gateway.url)
-    monkeypatch.setenv("CASEMATE_IDENTITY", str(tmp_path / "clara.key"))
-    monkeypatch.setenv("CASEMATE_STATE_DIR", str(tmp_path / "state"))
+    signed_in(monkeypatch, gateway.url, w.clara.keys, tmp_path)
     plan = written(
         tmp_path,
         """
@@ -197,15 +191,13 @@ async def test_a_job_from_a_file_on_the_command_line(
         """,
     )
     begins = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
-    words = ["jobs", "submit", "--plan", str(plan), "--model", f"{tmp_path / 'net.py'}:net"]
+    words = ["jobs", "submit", "--plan", str(plan), "--model", network_in(tmp_path)]
     more = ["--steps", "20", "--not-before", begins, "--priority", "low"]
-    status = await asyncio.to_thread(run, lambda: cli.cli.main([*words, *more], standalone_mode=False))
-    assert status == 0
+    assert await asyncio.to_thread(casemate, *words, *more) == 0
     training = opened_job(gateway, w)[0].plan.training
     assert (training.mechanism, training.steps, training.optimizer.momentum) == ("exact", 20, 0.9)  # type: ignore[union-attr]
     routing = gateway.submissions[-1].routing.peek(Routing)
     assert routing.not_before == datetime.fromisoformat(begins).timestamp() * 1000
     assert routing.priority == "low"
-    assert await asyncio.to_thread(run, lambda: cli.cli.main(words, standalone_mode=False)) == 1
-    bad = [*words, "--not-before", "tomorrow"]
-    assert await asyncio.to_thread(run, lambda: cli.cli.main(bad, standalone_mode=False)) == 2
+    assert await asyncio.to_thread(casemate, *words) == 1
+    assert await asyncio.to_thread(casemate, *words, "--not-before", "tomorrow") == 2
