@@ -83,7 +83,7 @@ def _sequence(message: Msg) -> int:
     if isinstance(problem := answer.get("error"), dict):
         raise _refusal(problem)
     sequence = answer.get("seq")
-    if type(sequence) is not int or sequence < 1:
+    if type(sequence) is not int or not 1 <= sequence < 1 << 64:
         raise UnavailableError("a stream did not say that it has stored a message; try again")
     return sequence
 

@@ -116,7 +116,7 @@ class WorkQueue:
         self._stream = subjects.work_stream(resource_class)
         self._client = client
         self._inbox: Subscription | None = None
-        self._arrived = asyncio.Queue[Msg]()
+        self._arrived = asyncio.Queue[Msg](1)
 
     async def publish(self, job_id: str, known: tuple[JobRecord, int] | None = None) -> bool:
         """Queues a job; False if it is already queued or being worked on (or by this call, had NATS broken off).
@@ -152,12 +152,15 @@ class WorkQueue:
         wish = b'{"batch":1,"expires":%d}' % int(timeout_s * 1e9) if timeout_s else b'{"batch":1,"no_wait":true}'
         with translated("pulling a job"):
             inbox = self._inbox or await self._listen()
-            await self._client.publish(subjects.next_delivery(self._resource_class), wish, reply=inbox.subject)
             try:
+                await self._client.publish(subjects.next_delivery(self._resource_class), wish, reply=inbox.subject)
                 async with asyncio.timeout(timeout_s + _ANSWER_S):
                     message = await self._arrived.get()
-            except TimeoutError as error:
-                await self.close()  # an answer that comes later finds nobody, and the job goes to another
+            except (TimeoutError, asyncio.CancelledError) as error:
+                with contextlib.suppress(CasemateError):
+                    await self.close()  # an answer that comes later is not taken for the next wish's: it finds nobody
+                if isinstance(error, asyncio.CancelledError):
+                    raise
                 raise UnavailableError("the work queue does not answer") from error
         if message.headers is not None and (status := message.headers.get("Status")) is not None:
             if status in _NOTHING:
@@ -166,15 +169,18 @@ class WorkQueue:
         return await self._delivery(message)
 
     async def close(self) -> None:
-        """Stops pulling; what was not acknowledged is delivered to others after the ack wait."""
+        """Stops pulling; what was not acknowledged is delivered to others after the ack wait, what nobody looked at at once."""
         inbox, self._inbox = self._inbox, None
         if inbox is not None:
             with translated("leaving the queue"):
                 await inbox.unsubscribe()
+                while not self._arrived.empty():
+                    if (message := self._arrived.get_nowait()).reply:  # a status has none
+                        await message.nak()
 
     async def _listen(self) -> Subscription:
         """An inbox of its own: what is delivered comes under the job's subject and not under that of the wish."""
-        self._arrived = asyncio.Queue()
+        self._arrived = asyncio.Queue(1)  # whatever else a server sends stays within the subscription's bounds
         self._inbox = await self._client.subscribe(self._client.new_inbox(), cb=self._arrived.put)
         return self._inbox
 

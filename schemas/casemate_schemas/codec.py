@@ -53,8 +53,8 @@ def pack(value: Any) -> bytes:
     """Canonical msgpack of ``value``. Raises :class:`MalformedError` for what has no canonical form."""
     try:
         return bytes(msgpack.packb(_canonical(value, MAX_DEPTH), use_bin_type=True))
-    except OverflowError as error:
-        raise MalformedError("integer outside 64 bits") from error
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise MalformedError("integer outside 64 bits, or text that is no Unicode") from error
 
 
 def unpack(data: bytes | memoryview, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Any:

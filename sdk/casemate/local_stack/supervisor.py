@@ -159,7 +159,7 @@ class LocalStack:
 
     async def stop(self) -> None:
         """Ends every program, NATS last."""
-        await end(self._guards)
+        await end(self._guards, again_s=STOP_TIMEOUT_S)  # one may be ending a program that it began to start
         self._guards.clear()
         await asyncio.gather(*(program.stop() for program in self.programs.values()), return_exceptions=True)
         await self.nats.stop()

@@ -11,7 +11,7 @@ from casemate_schemas import subjects
 from casemate_schemas.codec import encode
 from casemate_schemas.job_state import JobRecord, advance, revise
 from nats.js.api import PersistMode
-from support.nats import NatsStack
+from support.nats import WORKERS, NatsStack
 
 JOB = "0" * 31 + "1"
 
@@ -45,6 +45,24 @@ async def test_a_job_that_comes_while_a_worker_waits_reaches_it(nats_stack: Nats
     delivery = await waiting
     assert delivery is not None
     assert delivery.job_id == JOB
+
+
+async def test_a_worker_that_stopped_waiting_and_waits_again_is_given_one_job(nats_stack: NatsStack) -> None:
+    """As when another consortium's drain breaks off a wait: the earlier wish must not take a job that nobody looks at."""
+    gateway = WorkQueue(await nats_stack.gateway())
+    worker, other = [WorkQueue(await nats_stack.connect(name)) for name in WORKERS]
+    assert await worker.pull(0) is None
+    waiting = asyncio.create_task(worker.pull(30))
+    async with asyncio.timeout(10):
+        while not (await gateway.backlog()).waiting_workers:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    waiting = asyncio.create_task(worker.pull(30))
+    for number in range(2):
+        await gateway.publish(f"{number:032x}")
+    given = [await waiting, await other.pull(5)]
+    assert [delivery.job_id for delivery in given if delivery is not None] == [f"{number:032x}" for number in range(2)]
 
 
 async def test_what_is_handed_back_comes_again_with_its_count(nats_stack: NatsStack) -> None:

@@ -102,6 +102,7 @@ async def test_who_gives_up_leaves_nothing_behind() -> None:
         b'{"seq":true}',
         b'{"seq":0}',
         b'{"seq":-1}',
+        b'{"seq":18446744073709551616}',
         b'{"seq":1.0}',
         b'{"seq":"1"}',
         b'{"error":"no"}',

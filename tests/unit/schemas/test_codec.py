@@ -88,7 +88,7 @@ def test_depth_is_bounded_both_ways() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [1 << 64, -(1 << 63) - 1, {"a": 1 << 64}, [float("nan")], {"a": {1: 2}}, {1: 2}, {"a": {1}}]
+    "value", [1 << 64, -(1 << 63) - 1, {"a": 1 << 64}, [float("nan")], {"a": {1: 2}}, {1: 2}, {"a": {1}}, "\ud800"]
 )
 def test_what_has_no_canonical_form_is_refused(value: Any) -> None:
     with pytest.raises(MalformedError):
