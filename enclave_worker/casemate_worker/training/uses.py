@@ -182,8 +182,8 @@ class ConvUse:
             return self._weight_gradient(x, g, n).reshape(n, -1)
         rows = self.activation.new_empty(n, self.weight_shape.numel())
         _, t, p, _ = self.sizes()
-        size = 1 if strategy != "patches" else max(1, _CHUNK_ELEMENTS // (self.groups * t * p))
-        for records in (slice(start, min(start + size, n)) for start in range(0, n, size)):
+        most = 1 if strategy != "patches" else _CHUNK_ELEMENTS // (self.groups * t * p)
+        for records in _chunks(n, most):
             if strategy == "patches":
                 a, g = self.factors(records)
                 rows[records] = (g.transpose(2, 3) @ a).flatten(1)
@@ -204,14 +204,14 @@ class ConvUse:
         """
         d, c, height, width = self.weight_shape
         n, (_, _, rows, columns) = self.activation.shape[0], self.gradient.shape
-        step, inner = self.stride[0], c * width
+        lines = self.activation.shape[2] + 2 * self.padding[0]
+        step, inner = min(self.stride[0], lines), c * width  # longer ones meet the first lines alone
         last = _whole_vectors(inner) >= _whole_vectors(d)
         found = self.activation.new_empty(height, n, *((d, inner) if last else (inner, d)))
-        lines = -(-(self.activation.shape[2] + 2 * self.padding[0]) // step)
-        size = max(1, 2 * _CHUNK_ELEMENTS // (inner * step * lines * columns))
-        size = -(-n // -(-n // size))
-        unfolded = self.activation.new_empty(size, inner, step, lines * columns)
-        for records in (slice(start, min(start + size, n)) for start in range(0, n, size)):
+        lines = -(-lines // step)
+        some = _chunks(n, 2 * _CHUNK_ELEMENTS // (inner * step * lines * columns))
+        unfolded = self.activation.new_empty(some[0].stop, inner, step, lines * columns)
+        for records in some:
             x, g = unfolded[: records.stop - records.start], self.gradient[records].flatten(2)
             self._unfold_columns(records, x.view(-1, c, width, step, lines, columns))
             for row in range(height):
@@ -224,8 +224,8 @@ class ConvUse:
 
     def _unfold_columns(self, records: slice, out: Tensor) -> None:
         """What meets each column of the kernel, ``[m, c, width, step, lines, columns]``: every ``step``-th line together."""
-        (above, beside), (step, across) = self.padding, self.stride
-        _, _, width, _, lines, _ = out.shape
+        (above, beside), across = self.padding, self.stride[1]
+        _, _, width, step, lines, _ = out.shape
         below = lines * step - above - self.activation.shape[2]
         x = self.activation[records]
         x = F.pad(x, (beside, beside, above, below)) if above or beside or below else x
@@ -409,8 +409,7 @@ class Outer:
 
     def _chunks(self) -> list[slice]:
         per_record = self._groups * self._t * max(self._p + self._d, self._t)
-        size = max(1, 4 * _CHUNK_ELEMENTS // per_record)
-        return [slice(start, min(start + size, self._count)) for start in range(0, self._count, size)]
+        return _chunks(self._count, 4 * _CHUNK_ELEMENTS // per_record)
 
 
 class RankOne:
@@ -526,6 +525,16 @@ def term_of(uses: Sequence[Use], strategy: Strategy) -> Term:
         return Sparse(lookups)
     formed = reduce(RowsUse.plus, (use.form(strategy) for use in uses))
     return Instantiated(formed.rows, formed.order)
+
+
+def _chunks(count: int, most: int) -> list[slice]:
+    """All ``count`` records, or at most ``most`` at a time, then a power of two.
+
+    With two threads a product by itself is rounded otherwise than among others: of batches as :mod:`.rows` has them no record
+    is left over alone.
+    """
+    size = max(1, count) if most >= count else 1 << max(1, most).bit_length() - 1
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _whole_vectors(size: int) -> float:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from casemate_models.building import build
 from casemate_models.tracing import trace
 from casemate_schemas.errors import BatchDependenceError, ModelError, UnsupportedOperationError
 from casemate_worker.training import clipping as clipping_module
+from casemate_worker.training import uses as uses_module
 from casemate_worker.training.choosing import Mode
 from casemate_worker.training.clipping import BookKeeping, clip_factors
 from casemate_worker.training.probe import probe_model
-from casemate_worker.training.uses import Instantiated, LinearUse, Outer, RankOne, Strategy, Term
+from casemate_worker.training.uses import ConvUse, Instantiated, LinearUse, Outer, RankOne, Strategy, Term
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -494,3 +495,34 @@ def test_a_wrong_norm_is_found_on_synthetic_records(monkeypatch: pytest.MonkeyPa
     x, y = _records((3,))
     with pytest.raises(BatchDependenceError, match="norm"):
         probe_model(model := nn.Linear(3, 1), _clipping(model), x, y)
+
+
+def test_no_record_of_a_batch_is_multiplied_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    for holder, name in ((torch, "bmm"), (Tensor, "__matmul__")):
+        function = getattr(holder, name)
+
+        def noted(left: Tensor, right: Tensor, function: Any = function, **kwargs: Any) -> Any:
+            sizes.append(len(left))
+            return function(left, right, **kwargs)
+
+        monkeypatch.setattr(holder, name, noted)
+    for rank, elements in ((2, 600), (1, 660)):  # of which seven and three records are no more, and 64 no multiple
+        monkeypatch.setattr(uses_module, "_CHUNK_ELEMENTS", elements)
+        x, g = torch.randn(64, 1, *[[9, 8], [74]][rank == 1]), torch.randn(64, 2, *[[7, 6], [72]][rank == 1])
+        ConvUse(x, g, torch.Size((2, 1, *[3] * rank)), [1] * rank, [0] * rank, [1] * rank, 1).form("patches")
+        assert len(set(sizes)) == 1
+        assert 1 < sizes[0] < 64
+        sizes.clear()
+
+
+def test_a_stride_longer_than_the_image_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = torch.randn(2, 3, 5, 4), torch.randn(2, 4, 1, 3)
+    made: list[int] = []
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a: made.append((out := new_empty(*a)).numel()) or out)
+    use = ConvUse(x, g, torch.Size((4, 3, 3, 2)), [1 << 16, 1], [1, 0], [2, 1], 1)
+    formed = use.form("patches").instantiate("patches")
+    expected = torch.nn.grad.conv2d_weight(x[:1], (4, 3, 3, 2), g[:1], (1 << 16, 1), (1, 0), (2, 1))
+    assert torch.allclose(formed[0], expected.flatten(), atol=1e-5)
+    assert max(made) < 1000
