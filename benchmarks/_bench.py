@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,17 @@ def print_samples(samples: Mapping[str, Samples], title: str) -> None:
         spread = f"{low_s * 1e6:.0f} to {high_s * 1e6:.0f}"
         table.add_row(name, f"{sample.median_s * 1e6:.0f}", spread, str(len(sample.seconds)))
     Console().print(table)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held since its program began (Linux).
+
+    ``ru_maxrss`` says more than that: of a program it counts what the process that started it held.
+    """
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("this system does not tell a process's peak memory")
+    return 1024 * int(found[1])
 
 
 def _cpu_model() -> str:

@@ -13,7 +13,6 @@ plain ones.
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import dp_peers
 import torch
-from _bench import Metric, Samples, arguments, interleaved, machine, report
+from _bench import Metric, Samples, arguments, interleaved, machine, peak_resident_bytes, report
 from casemate_schemas.job import MAX_STEPS, SGD, Mechanism, Training
 from casemate_worker.environment import reproducible_kernels
 from casemate_worker.training.engine import OwnerData, Trainer
@@ -132,7 +131,7 @@ def peak_bytes(case: Case, label: str) -> int:
     step = {"plain": partial(plain_step, case), "ours": partial(ours, case)}[label]()
     for _ in range(MEMORY_STEPS):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def _peak(case: Case, label: str) -> int:

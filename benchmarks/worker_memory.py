@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import re
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from _bench import Metric, arguments, machine, report
+from _bench import Metric, arguments, machine, peak_resident_bytes, report
 from casemate_messaging.blobs import BlobStore
 from casemate_messaging.connection import connect
 from casemate_messaging.envelopes import EnvelopeStore
@@ -103,9 +102,7 @@ async def worker(plan: dict[str, Any]) -> dict[str, float]:
     assert "torch" not in sys.modules
     await process.close()
     await client.close()
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return {"rss_bytes": 1024 * int(found[1]), "down_s": down - began, "up_s": up - down}
+    return {"rss_bytes": peak_resident_bytes(), "down_s": down - began, "up_s": up - down}
 
 
 async def run(size: int) -> dict[str, float]:
