@@ -23,9 +23,10 @@ most C.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Final, Protocol
 
 import numpy as np
@@ -39,7 +40,7 @@ LEAST_FACTOR: Final = 2.0**-40
 _UNIT: Final = 2.0**-24
 _SUMMED: Final = 8
 _BUFFER_ELEMENTS: Final = 1 << 20
-"""So many coordinates of several blocks are held at once, or one block's."""
+"""So many coordinates of blocks' sums are held at once, or one parameter's of one block."""
 _SIZES: Final = (64, 32, 16, 8)
 _MOST_ROOM: Final = 2.0**-8
 _WIDTH: Final = 2048
@@ -63,16 +64,18 @@ class Blocks:
 
         ``factors`` are float32 ``[n]``.
         """
-        count, elements, column = factors.shape[0], total.shape[0], factors[:, None]
-        covered = sum(term.elements for term in terms.values()) == elements
-        at_once = self.size * max(1, min(_SUMMED, _BUFFER_ELEMENTS // elements))
-        for start in range(0, count, at_once):
-            part = Part(start, min(at_once, count - start), self.size)
-            sums = torch.empty(part.count, elements) if covered else torch.zeros(part.count, elements)
-            weights = part.of(column)
-            for begin, term in terms.items():
-                term.sum_blocks(sums[:, begin : begin + term.elements], part, weights)
-            total += sums[0] if part.count == 1 else sums.sum(dim=0)
+        count, column = factors.shape[0], factors[:, None]
+        for begin, end, group in _groups(terms):
+            elements, found = end - begin, total[begin:end]
+            at_once = self.size * max(1, min(_SUMMED, _BUFFER_ELEMENTS // elements))
+            for start in range(0, count, at_once):
+                part = Part(start, min(at_once, count - start), self.size)
+                sums, at = torch.empty(part.count, elements), 0
+                weights = part.of(column)
+                for term in group:
+                    at, before = at + term.elements, at
+                    term.sum_blocks(sums[:, before:at], part, weights)
+                found += sums[0] if part.count == 1 else sums.sum(dim=0)
 
 
 class Part:
@@ -93,6 +96,16 @@ class Part:
         whole = rows[: -self._rest] if self._rest else rows
         return whole.reshape(self.count, self._size, -1)
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """The batch's records that each block sums, the rest among those of the first: block, first record and the one after."""
+        ends = [self._start + number * self._size for number in range(self.count + 1)]
+        found = [(number, *pair) for number, pair in enumerate(pairwise(ends))]
+        return [*found, (0, ends[-1], self._end)] if self._rest else found
+
+    def offset(self, record: int) -> int:
+        """Where that record of the batch is among the part's."""
+        return record - self._start
+
     def rest(self, rows: Tensor) -> Tensor | None:
         """The others of these ``rows``, if there are any."""
         return rows[-self._rest :] if self._rest else None
@@ -112,6 +125,20 @@ class BlockTerm(Protocol):
         """
 
 
+def _groups(terms: Mapping[int, BlockTerm]) -> Iterator[tuple[int, int, list[BlockTerm]]]:
+    """Terms whose coordinates follow each other, so many that their sums stay in the cache: from where to where, and which."""
+    group: list[BlockTerm] = []
+    begin = end = 0
+    for start, term in terms.items():
+        if group and (start != end or start + term.elements - begin > _BUFFER_ELEMENTS):
+            yield begin, end, group
+            group = []
+        begin, end = begin if group else start, start + term.elements
+        group.append(term)
+    if group:
+        yield begin, end, group
+
+
 def sum_products(out: Tensor, part: Part, left: Tensor, right: Tensor, *, shift: bool = False) -> None:
     """Write ``Σ_i left_i ⊗ right_i`` of each block of ``part`` to ``out`` (``[count, d·p]``).
 
@@ -128,6 +155,24 @@ def sum_products(out: Tensor, part: Part, left: Tensor, right: Tensor, *, shift:
         found[0].addmm_(x.t(), y)
         if shifts is not None:
             shifts[0] += x.sum(dim=0)
+
+
+def sum_pieces(out: Tensor, part: Part, weights: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Write ``Σ_i weights_i · rows_i`` of each block of ``part`` to ``out`` (``[count, width]``).
+
+    ``pieces``, ``[m, width]``, are all rows of the batch, one after another. Each block's is one sum of so many products,
+    added up piece by piece.
+    """
+    out.zero_()
+    start = 0
+    for rows in pieces:
+        end = start + rows.shape[0]
+        for block, first, last in part.ranges():
+            lower, upper = max(start, first), min(end, last)
+            if lower < upper:
+                some = weights[part.offset(lower) : part.offset(upper)]
+                out[block : block + 1].addmm_(some.t(), rows[lower - start : upper - start])
+        start = end
 
 
 def blocks_for(expected_batch: float) -> Blocks | None:

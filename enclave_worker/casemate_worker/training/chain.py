@@ -21,7 +21,8 @@ from casemate_models.losses import ExampleLoss, loss_with_gradient
 from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
 
-from .uses import ConvUse, Instantiated, LinearUse, RankOne, RowsUse, Term
+from .terms import Instantiated, RankOne, Term
+from .uses import ConvUse, LinearUse, RowsUse
 from .watched import Book
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -242,7 +243,8 @@ class Chain:
     def _backward(self, gradient: Tensor, kept: list[Any], book: Book) -> dict[int, Term]:
         terms: dict[int, Term] = {}
         left = len(self._layers)
-        for (link, _), seen in zip(reversed(self._links), reversed(kept), strict=True):
+        for link, _ in reversed(self._links):
+            seen = kept.pop()  # what is not needed again is given back as the backward pass goes
             if isinstance(link, _LAYERS):
                 link.enter(seen, gradient, terms, book)
                 left -= 1

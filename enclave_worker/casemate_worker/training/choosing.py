@@ -9,19 +9,8 @@ from typing import Final, Literal
 import torch
 
 from .blocks import Blocks
-from .uses import (
-    ConvUse,
-    Instantiated,
-    LinearUse,
-    RankOne,
-    RowsUse,
-    Strategy,
-    Use,
-    cheaper_by_count,
-    operations,
-    strategies_for,
-    term_of,
-)
+from .terms import Instantiated, RankOne, term_of
+from .uses import ConvUse, EmbeddingUse, LinearUse, RowsUse, Strategy, Use
 
 Mode = Literal["auto", "book_keeping", "ghost", "per_sample"]
 """Which strategy each layer gets: the one measured to be fastest here, the one with fewer operations, or always one."""
@@ -30,6 +19,12 @@ _ROUNDS: Final = 3
 _SLOW: Final = 4.0
 _TRIAL_RECORDS: Final = 64
 _TRIAL_OPERATIONS: Final = 1 << 28
+_FORMING_COST: Final = 50
+"""What it costs to form one element, take it to float64, square it and sum it, in float32 multiply-adds (measured)."""
+_DOUBLE_COST: Final = 2.3
+"""A float64 multiply-add in float32 ones (measured)."""
+_GROUPED_ELEMENTS: Final = 1 << 16
+"""Up to this size of a filter bank one grouped convolution beat one call for each record (measured)."""
 
 _measured: dict[object, Strategy] = {}
 
@@ -56,6 +51,39 @@ def trial_size(all_uses: Iterable[Sequence[Use]], most: int) -> int:
     """On how many records to measure: as many as a physical batch may have (``most``), if that takes little memory and time."""
     largest = max(sum(operations(use) for use in uses) for uses in all_uses)
     return max(2, min(most, _TRIAL_RECORDS, _TRIAL_OPERATIONS // largest))
+
+
+def strategies_for(use: Use) -> tuple[Strategy, ...]:
+    """Those that differ for such a use, without ghost where it takes many times the operations."""
+    if isinstance(use, EmbeddingUse):
+        return ("ghost",)
+    if not isinstance(use, LinearUse | ConvUse):
+        return ("per_sample",)
+    formed: tuple[Strategy, ...] = ("per_sample",)
+    if isinstance(use, ConvUse):
+        formed = ("per_sample", "grouped", "patches")
+    return (*formed, "ghost") if _ghost_operations(use) < 4 * operations(use) else formed
+
+
+def cheaper_by_count(use: Use) -> Strategy:
+    """The strategy with fewer operations: ghost where ``t`` is small beside the layer, else per sample."""
+    first, last = strategies_for(use)[0], strategies_for(use)[-1]
+    if last == "ghost" and (first == "ghost" or _ghost_operations(use) < operations(use)):
+        return "ghost"
+    return "grouped" if isinstance(use, ConvUse) and use.elements() <= _GROUPED_ELEMENTS else first
+
+
+def operations(use: Use) -> int:
+    """What forming one record's gradient costs, with its norm and sum, in float32 multiply-adds."""
+    _, t, *_ = use.sizes() if isinstance(use, LinearUse | ConvUse) else (1, 1)
+    return use.elements() * (t + _FORMING_COST)
+
+
+def _ghost_operations(use: Use) -> float:
+    if not isinstance(use, LinearUse | ConvUse):
+        return 0.0
+    groups, t, p, d = use.sizes()
+    return _DOUBLE_COST * groups * (t * t * (p + d) + t * p * d)
 
 
 def measured_strategy(uses: Sequence[Use], blocks: Blocks | None = None) -> Strategy:

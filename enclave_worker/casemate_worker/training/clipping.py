@@ -1,8 +1,8 @@
 """How much one record can move the sum: each record's gradient, clipped to the norm C with certainty.
 
 **What is clipped.** Forward and backward run in float32, once for a batch, and leave behind for each record either its
-gradient or the numbers whose products are its gradient (:mod:`.uses`). That vector, taken exactly, is what a record adds,
-times a float64 factor.
+gradient or the numbers whose products are its gradient (:mod:`.uses`, :mod:`.terms`). That vector, taken exactly, is what a
+record adds, times a float64 factor.
 
 **Sensitivity.** The exact L2 norm of factor times vector never exceeds C (:func:`clip_factors`); a record whose loss or
 vector is not finite adds nothing. Sums over records are float64, or float32 over blocks of records with so much of C left
@@ -20,7 +20,7 @@ statement:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import reduce
 from itertools import accumulate
@@ -30,21 +30,15 @@ import numpy as np
 import torch
 from casemate_schemas.errors import ModelError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products
 from .chain import Chain, chain_of
-from .choosing import Mode, choice, products, trial_size
+from .choosing import Mode, cheaper_by_count, choice, products, trial_size
 from .precision import check_float32_products
 from .rows import in_rows, most_rows
-from .uses import (
-    Instantiated,
-    RankOne,
-    Strategy,
-    Term,
-    Use,
-    cheaper_by_count,
-    term_of,
-)
+from .terms import Instantiated, RankOne, Term, term_of
+from .uses import RowsUse, Strategy, Use
 from .watched import Book
 from .watching import Watch
 
@@ -132,7 +126,13 @@ class BookKeeping:
         """How many products are summed for one record where ghost norms may cancel, by parameter; set by :meth:`choose`."""
         self._max_physical_batch = max_physical_batch
         self._strategies: dict[int, Strategy] = {}
+        self._once: set[int] = set()
         self._physical_batch = most_rows(max_physical_batch)
+
+    @property
+    def physical_batch(self) -> int:
+        """How many rows forward and backward have at most."""
+        return self._physical_batch
 
     @property
     def strategies(self) -> dict[str, Strategy]:
@@ -152,10 +152,10 @@ class BookKeeping:
 
     def choose(self, mode: Mode, records: Callable[[int], tuple[Tensor, Tensor]]) -> None:
         """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for."""
-        book, _ = self._record(*records(1), lambda _index, _use: "ghost")
+        book = self._kept(*records(1))
         if mode == "auto":
-            count = trial_size(book.uses().values(), self._max_physical_batch)
-            book, _ = self._record(*records(count), lambda _index, _use: "ghost")
+            book = self._kept(*records(trial_size(book.uses().values(), self._max_physical_batch)))
+        self._once = {index for index, uses in book.uses().items() if len(uses) == 1}
         found = {self._names[index]: uses for index, uses in sorted(book.uses().items())}
         self.cancelling = {name: count for name, uses in found.items() if (count := products(uses)) > 1}
         self.strategies = {name: choice(mode, uses, self._blocks) for name, uses in found.items()}
@@ -177,37 +177,39 @@ class BookKeeping:
             self._add_weighted(total, terms, factors, blocks)
         return total
 
-    def examine(self, features: Tensor, targets: Tensor, inside: AbstractContextManager[object]) -> list[Tensor]:
-        """What there is of each record of a batch: losses, norms, and what its gradient is made of, each ``[n, ...]``.
+    def examine(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        inside: AbstractContextManager[object],
+        take: Callable[[Tensor], None],
+    ) -> None:
+        """Hand to ``take`` what there is of each record of a batch: loss, norms, what its gradient is made of, ``[n, ...]``.
 
-        Forward and backward run ``inside``; for :mod:`.kernels`.
+        Forward and backward run ``inside``, the rest does not. Gradients formed are handed over one parameter after another,
+        and not held. For :mod:`.kernels`.
         """
+        book = _Examined(features.shape[0], self._strategy, self._once, take)
         with inside:
-            book, terms, losses = self._used(features, targets, lambda _index, _use: "ghost")
-        terms |= {i: term_of(uses, self._strategy(i, uses[0])) for i, uses in sorted(book.uses().items())}
-        squares, slack = _squared_norms(terms, len(features))
-        return [
-            losses,
-            squares,
-            *([] if slack is None else [slack]),
-            *(part for term in terms.values() for part in term.parts()),
-        ]
+            terms, losses = self._enter(book, features, targets)
+        take(losses)
+        _examine(terms | book.terms(), take)
 
-    def gradients(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a batch of at least one record, by the very strategies that clip: gradients, squared norms, losses.
+    def gradients(self, features: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, float, float]]:
+        """Of each record of a batch, by the very strategies that clip: gradient, squared norm, loss.
 
-        Float64 ``[n, d]`` and ``[n]``, and float32 ``[n]``; not clipped, and for small ``n``: one weighted sum each.
+        Float64 ``[d]``; not clipped, and for few records: one weighted sum each.
         """
         n = len(features)
         terms, losses = self._terms(in_rows(features), in_rows(targets))
         squares, _ = _squared_norms(terms, len(losses))
         for term in terms.values():
             term.keep(n)
-        rows = torch.zeros(n, self._size, dtype=torch.float64)
-        for row, one in zip(rows, torch.eye(n, dtype=torch.float64), strict=True):
+        for number, one in enumerate(torch.eye(n, dtype=torch.float64)):
+            row = torch.zeros(self._size, dtype=torch.float64)
             for index, term in terms.items():
                 term.add_weighted(self._coordinates(row, index, term), one)
-        return rows, squares[:n], losses[:n]
+            yield row, float(squares[number]), float(losses[number])
 
     def gradient_alone(self, feature: Tensor, target: Tensor) -> Tensor:
         """The gradient ``[d]`` of a batch of one record by plain autograd: the reference."""
@@ -217,31 +219,29 @@ class BookKeeping:
 
     def _terms(self, features: Tensor, targets: Tensor) -> tuple[dict[int, Term], Tensor]:
         """What a batch used, by position, and its losses."""
-        book, terms, losses = self._used(features, targets, self._strategy)
+        book = Book(features.shape[0], self._strategy)
+        terms, losses = self._enter(book, features, targets)
         return dict(sorted((terms | book.terms()).items())), losses
 
-    def _used(
-        self, features: Tensor, targets: Tensor, strategy_of: Callable[[int, Use], Strategy]
-    ) -> tuple[Book, dict[int, Term], Tensor]:
-        """Forward and backward in the quickest way there is for this model: uses, terms of other uses, and losses."""
+    def _enter(self, book: Book, features: Tensor, targets: Tensor) -> tuple[dict[int, Term], Tensor]:
+        """Forward and backward in the quickest way there is for this model: the terms that ``book`` does not get, and losses."""
         if self._by_hand is None or not self._by_hand.takes(features):
-            book, losses = self._record(features, targets, strategy_of)
-            return book, {}, losses
-        book = Book(features.shape[0], strategy_of)
-        terms, losses = self._by_hand.terms(features, targets, self._loss, book)
-        return book, terms, losses
+            return {}, self._record(book, features, targets)
+        return self._by_hand.terms(features, targets, self._loss, book)
 
-    def _record(
-        self, features: Tensor, targets: Tensor, strategy_of: Callable[[int, Use], Strategy]
-    ) -> tuple[Book, Tensor]:
-        """Forward and backward through the model as it is; the uses that they leave behind, and the losses."""
-        book = Book(len(features), strategy_of)
-        with torch.enable_grad():
-            with self._watch.into(book):
-                losses = self._loss(self._model(features), targets)
+    def _record(self, book: Book, features: Tensor, targets: Tensor) -> Tensor:
+        """Forward and backward through the model as it is, which leave their uses in ``book``; the losses."""
+        with torch.enable_grad(), self._watch.into(book):
+            losses = self._loss(self._model(features), targets)
             if losses.requires_grad:
                 torch.autograd.backward(losses, torch.ones_like(losses))
-        return book, losses.detach()
+        return losses.detach()
+
+    def _kept(self, features: Tensor, targets: Tensor) -> Book:
+        """Every use by a batch, as it was."""
+        book = Book(len(features), lambda _index, _use: "ghost")
+        self._record(book, features, targets)
+        return book
 
     def _strategy(self, index: int, use: Use) -> Strategy:
         return self._strategies.get(index) or cheaper_by_count(use)
@@ -273,6 +273,35 @@ class BookKeeping:
     def _coordinates(self, total: Tensor, index: int, term: Term) -> Tensor:
         """Those that the term at ``index`` stands for."""
         return total[self._starts[index] : self._starts[index] + term.elements]
+
+
+class _Examined(Book):
+    """Hands over what each record's gradient is made of, and its norm, as soon as a parameter has had its only use."""
+
+    def __init__(
+        self, count: int, strategy_of: Callable[[int, Use], Strategy], once: set[int], take: Callable[[Tensor], None]
+    ) -> None:
+        """``once`` are the positions of parameters that are used once."""
+        super().__init__(count, strategy_of)
+        self._once, self._take = once, take
+
+    def add(self, index: int, use: Use) -> None:
+        """See :meth:`Book.add`; what would be captured as it is, and held, is held here, too."""
+        strategy = self.strategy_of(index, use)
+        if index not in self._once or strategy == "ghost" or isinstance(use, RowsUse):
+            super().add(index, use)
+            return
+        with _disable_current_modes():
+            _examine({index: term_of([use], strategy)}, self._take)
+
+
+def _examine(terms: Mapping[int, Term], take: Callable[[Tensor], None]) -> None:
+    if not terms:
+        return
+    squares, slack = _squared_norms(terms, 0)
+    for rows in (squares, slack, *(part for _, term in sorted(terms.items()) for part in term.parts())):
+        if rows is not None:
+            take(rows)
 
 
 def _squared_norms(terms: Mapping[int, Term], count: int) -> tuple[Tensor, Tensor | None]:

@@ -213,15 +213,19 @@ class Trainer:
     def _check_kernels(self) -> None:
         """Of training, with strategies as they are, and of a forward pass by itself, which metrics are made of."""
         features, targets, plain = self._shaped
-        physical, strategies = self._plan.max_physical_batch, tuple(sorted(self._clipping.strategies.items()))
+        strategies = tuple(sorted(self._clipping.strategies.items()))
 
-        def forward(x: Tensor, _: Tensor, inside: AbstractContextManager[object]) -> list[Tensor]:
+        def forward(
+            x: Tensor, _: Tensor, inside: AbstractContextManager[object], take: Callable[[Tensor], None]
+        ) -> None:
             with torch.no_grad(), inside:
-                return [self._model(x)]
+                outputs = self._model(x)
+            take(outputs)
 
         with _deterministic():
-            check_kernels(self._model, self._clipping.examine, features, targets, physical, strategies)
-            check_kernels(self._model, forward, plain, targets[:, None], physical, None)
+            clipping = self._clipping
+            check_kernels(self._model, clipping.examine, features, targets, clipping.physical_batch, strategies)
+            check_kernels(self._model, forward, plain, targets[:, None], self._plan.max_physical_batch, None)
 
     def _clipped_sum(self, features: Tensor, targets: Tensor) -> Tensor:
         """Over the step's records, or over their views."""

@@ -9,10 +9,13 @@ nothing replaced.
 Batches of several sizes, with records at other places among others, must give every record the bits that it has in the first
 batch: each function's, forward and backward, and what clipping makes of them (gradients formed, norms). What cannot be
 compared is refused. This tests kernels, at sizes that occur; it is no proof for all sizes (docs/decisions/0024).
+
+Of the first batch fingerprints are kept (:func:`_fingerprints`), so the question takes little more memory than a step does.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -21,19 +24,23 @@ from typing import Any, Final
 import numpy as np
 import torch
 from casemate_schemas.errors import ModelError
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from casemate_worker.key_schedule import KEY_BYTES
 
 from .keystream import Keystream
 from .rows import most_rows, row_step
 from .watched import tensors_in
 
-Run = Callable[[Tensor, Tensor, Any], Sequence[Tensor]]
-"""Features, targets and a context for all that depends on a model to what there is of each record, each ``[n, ...]``."""
+Run = Callable[[Tensor, Tensor, Any, Callable[[Tensor], None]], None]
+"""Features, targets, a context for all that depends on a model, and what takes whatever there is of each record, ``[n, ...]``."""
 
 _LABEL: Final = "kernels"
 _LARGE_ROWS: Final = 1024
 _LARGE_ELEMENTS: Final = 1 << 22
+_PIECE_WORDS: Final = 1 << 17
 _STRIDE: Final = 101
 _OFFSETS: Final = 1 << 16
 
@@ -41,6 +48,8 @@ _REFUSED: Final = (
     "on this machine a record's numbers depend on its place in the batch: set MKL_CBWR=AVX2,STRICT before torch is loaded, "
     "or use other layer sizes"
 )
+
+_SECRET: Final = os.urandom(KEY_BYTES)
 
 _passed: set[object] = set()
 
@@ -54,8 +63,9 @@ def check_kernels(model: nn.Module, run: Run, features: Tensor, targets: Tensor,
     """
     question = _Question(run, features, targets)
     elements = question.elements
-    large = min(most_rows(physical), _LARGE_ROWS)
-    most = large if large > 3 * row_step() and large * elements <= _LARGE_ELEMENTS else 3 * row_step()
+    most = min(most_rows(physical), _LARGE_ROWS)
+    if most * elements > _LARGE_ELEMENTS:
+        most = min(most, 3 * row_step())
     asked = (question.signature, most, torch.get_num_threads(), key)
     if asked not in _passed:
         with _random_weights(model):
@@ -72,7 +82,7 @@ class _Question:
         self._run, self._features, self._targets = run, features, targets
         two, three = _Shapes(), _Shapes()
         for shapes, count in ((two, 2), (three, 3)):
-            run(*self._records(torch.arange(count)), shapes)
+            run(*self._records(torch.arange(count)), shapes, lambda _rows: None)
         if two.names != three.names:
             raise ModelError("the model calls other functions in a batch of another size")
         pairs = zip(two.found, three.found, strict=True)
@@ -84,19 +94,19 @@ class _Question:
         """How many numbers all functions give for a record, about."""
 
     def ask(self, most: int, *, replace: bool) -> None:
-        """Compare batches of up to ``most`` records with the first, of ``most``."""
-        first: list[Tensor] = []
-        step = row_step()
-        for number, count in enumerate(dict.fromkeys((most, step, min(2 * step, most)))):
-            self._compare(torch.arange(most) if number == 0 else _shuffled(most, number)[:count], first, replace)
-        self._compare(_shuffled(most, 3), first, replace)
+        """Compare batches of up to ``most`` records with the first, of ``most``; in the last, half of them stand twice."""
+        first: list[NDArray[np.uint64]] = []
+        self._compare(torch.arange(most), first, replace)
+        for number, count in enumerate((row_step(), 2 * row_step(), most), start=1):
+            if count < most or number == 3:
+                self._compare(_shuffled(most, number)[:count], first, replace)
+        self._compare(_shuffled(most, 4)[: most // 2].repeat(2), first, replace)
 
-    def _compare(self, records: Tensor, first: list[Tensor], replace: bool) -> None:
+    def _compare(self, records: Tensor, first: list[NDArray[np.uint64]], replace: bool) -> None:
         """``first`` is what there was of all records, or empty, to be filled."""
         seen = _Seen(records, first)
         inside = _Replacing(seen, self._names, self._axes) if replace else nullcontext()
-        for rows in self._run(*self._records(records), inside):
-            seen.take(rows.reshape(len(records), -1))
+        self._run(*self._records(records), inside, lambda rows: seen.take(rows.reshape(len(records), -1)))
         seen.end()
 
     def _records(self, records: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,23 +118,23 @@ class _Question:
 class _Seen:
     """What there was of each record, one after another; compared bit by bit with what there was of it first."""
 
-    def __init__(self, records: Tensor, first: list[Tensor]) -> None:
+    def __init__(self, records: Tensor, first: list[NDArray[np.uint64]]) -> None:
         self._records, self._first, self._is_first, self._count = records, first, not first, 0
 
     def take(self, rows: Tensor) -> None:
         """``[n, ...]``, of the records in their order; or ``[n·t, ...]``, of which either may come first."""
-        bits = rows.view({4: torch.int32, 8: torch.int64}[rows.element_size()]) if rows.is_floating_point() else rows
+        found = _fingerprints(rows)
         if self._is_first:
-            self._first.append(bits.clone())
-        elif self._count >= len(self._first) or not self._is_same(bits, self._first[self._count]):
+            self._first.append(found)
+        elif self._count >= len(self._first) or not self._is_same(found, self._first[self._count]):
             raise ModelError(_REFUSED)
         self._count += 1
 
-    def _is_same(self, bits: Tensor, first: Tensor) -> bool:
-        each = len(bits) // len(self._records)
-        if torch.equal(bits, first.reshape(-1, each, *first.shape[1:])[self._records].flatten(0, 1)):
+    def _is_same(self, found: NDArray[np.uint64], first: NDArray[np.uint64]) -> bool:
+        each, records = len(found) // len(self._records), self._records.numpy()
+        if np.array_equal(found, first.reshape(-1, each)[records].ravel()):
             return True
-        return each > 1 and torch.equal(bits, first.reshape(each, -1, *first.shape[1:])[:, self._records].flatten(0, 1))
+        return each > 1 and np.array_equal(found, first.reshape(each, -1)[:, records].ravel())
 
     def end(self) -> None:
         """There was nothing more."""
@@ -177,6 +187,29 @@ class _Replacing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if rows.is_floating_point() and len(rows) == len(records):
             table = _table(salt, int(records.max()) + 1, rows.numel() // len(records))
             rows.copy_(table[records].reshape(rows.shape))
+
+
+def _fingerprints(rows: Tensor) -> NDArray[np.uint64]:
+    """One number for the bits of each row (``[m, ...]``): two rows that differ have the same one with probability 2^-33 at most.
+
+    It is ``Σ_j k_j·w_j`` modulo 2^64 over the row's 32-bit words. Two rows' words differ at some ``j`` by an odd number times
+    ``2^s``, ``s <= 31``; then ``2^s`` of the 2^64 values of ``k_j`` make the sums equal. Each process draws keys of its own, so
+    whoever made the rows does not know them.
+    """
+    if rows.element_size() < 4:
+        rows = rows.to(torch.int32) if not rows.is_floating_point() else rows.view(torch.int16).to(torch.int32)
+    words = rows[:1].numel() * rows.element_size() // 4
+    keys = _keys(1 << words.bit_length())[:words]
+    found = [
+        np.einsum("ij,j->i", few.reshape(len(few), few[:1].numel()).numpy().view(np.uint32), keys)
+        for few in torch.split(rows.detach(), max(1, _PIECE_WORDS // max(1, words)))
+    ]
+    return np.concatenate(found)
+
+
+@lru_cache(maxsize=2)
+def _keys(count: int) -> NDArray[np.uint64]:
+    return Keystream(_SECRET, _LABEL).words(0, count)
 
 
 def _batch_axis(two: torch.Size, three: torch.Size) -> int | None:

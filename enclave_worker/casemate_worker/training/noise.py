@@ -52,6 +52,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 import numpy as np
@@ -68,6 +69,8 @@ from .keystream import NOISE, Keystream, Words
 _GRID_BITS: Final = 12
 _RARE: Final = np.uint64(1 << 44)
 """So near either end, a word is not enough."""
+_WORDS: Final = 1 << 17
+"""So many at a time, which stay in a core's cache: an even number."""
 
 
 class Noise(Protocol):
@@ -97,34 +100,49 @@ class Scratch:
         self._kept = threading.local()
 
     def arrays(self, pairs: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint64]]:
-        """Two arrays ``[pairs]`` of floats and one of words, the same ones each time, holding anything."""
-        if getattr(self._kept, "pairs", 0) != pairs:
+        """Two arrays ``[pairs]`` of floats and one of words, in the same place each time, holding anything."""
+        if getattr(self._kept, "pairs", 0) < pairs:
             self._kept.found = np.empty(pairs), np.empty(pairs), np.empty(pairs, np.uint64)
             self._kept.pairs = pairs
-        found: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint64]] = self._kept.found
-        return found
+        first, second, words = self._kept.found
+        return first[:pairs], second[:pairs], words[:pairs]
 
 
 def standard_normals(streams: Sequence[Words], count: int, scratch: Scratch | None = None) -> NDArray[np.float64]:
     """Of each stream ``count`` standard normals, an even number: ``[len(streams), count]``; see the module's docstring."""
-    words = np.concatenate([stream.take(count) for stream in streams])
+    found = np.empty((len(streams), count))
+    for row, stream in zip(found.view(np.uint64), streams, strict=True):
+        for start in range(0, count, _WORDS):
+            row[start : start + _WORDS] = stream.take(min(_WORDS, count - start))
+    flat, scratch = found.ravel(), scratch or Scratch()
+    for start in range(0, len(flat), _WORDS):
+        _to_normals(flat[start : start + _WORDS], partial(_stream_of, streams, count, start), scratch)
+    return found
+
+
+def _stream_of(streams: Sequence[Words], count: int, start: int, pair: int) -> Words:
+    """Which stream that pair, counted from ``start`` on, is of."""
+    return streams[(start + 2 * pair) // count]
+
+
+def _to_normals(normals: NDArray[np.float64], stream_of: Callable[[int], Words], scratch: Scratch) -> None:
+    """Normals in place of words, with further words for rare pairs from the stream that ``stream_of`` tells."""
+    words = normals.view(np.uint64)
     first, second = words[0::2], words[1::2]
-    radius, turned, other = (scratch or Scratch()).arrays(len(first))
+    radius, turned, other = scratch.arrays(len(first))
     logarithms = np.add(first, 1.0, out=radius, dtype=np.float64)
     logarithms *= 2.0**-64
     np.log(logarithms, out=logarithms)
     for pair in np.flatnonzero(np.add(first, _RARE, out=other) < _RARE + _RARE):  # wraps
-        more = streams[int(2 * pair // count)].take(1)
+        more = stream_of(int(pair)).take(1)
         logarithms[pair] = _logarithm(int(first[pair]), int(more[0]))
     logarithms *= -2.0
     np.sqrt(logarithms, out=radius)
     angle = np.multiply(np.right_shift(second, np.uint64(11), out=other), 2.0**-53, out=turned, dtype=np.float64)
     angle *= 2.0 * np.pi
-    normals = words.view(np.float64)  # in their place: both words of a pair have been read
     cosine = torch.cos(torch.from_numpy(angle), out=torch.from_numpy(other.view(np.float64)))
-    np.multiply(radius, cosine.numpy(), out=normals[0::2])
+    np.multiply(radius, cosine.numpy(), out=normals[0::2])  # both words of a pair have been read
     np.multiply(radius, torch.from_numpy(angle).sin_().numpy(), out=normals[1::2])
-    return normals.reshape(len(streams), count)
 
 
 def _logarithm(first: int, second: int) -> float:

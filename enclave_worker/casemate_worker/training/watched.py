@@ -20,7 +20,8 @@ import torch
 from casemate_schemas.errors import ModelError
 from torch import Tensor
 
-from .uses import RankOne, RowsUse, Strategy, Term, Use, check_batch, term_of
+from .terms import RankOne, Term, term_of
+from .uses import RowsUse, Strategy, Use, check_batch
 
 
 class Book:
@@ -29,13 +30,13 @@ class Book:
     def __init__(self, count: int, strategy_of: Callable[[int, Use], Strategy]) -> None:
         """``strategy_of`` says what becomes of a use: only those of ``ghost`` parameters are kept as they are."""
         self.count = count
-        self._strategy_of = strategy_of
+        self.strategy_of = strategy_of
         self._uses: dict[int, list[Use]] = {}
         self._strategies: dict[int, Strategy] = {}
 
     def add(self, index: int, use: Use) -> None:
         """Enter one use. Gradients that will be needed record by record are formed now, while all is in the cache."""
-        strategy = self._strategies.setdefault(index, self._strategy_of(index, use))
+        strategy = self._strategies.setdefault(index, self.strategy_of(index, use))
         uses = self._uses.setdefault(index, [])
         if strategy == "ghost":
             uses.append(use)
@@ -80,7 +81,7 @@ class Watched(Tensor):
 
     def enter(self, use: Use) -> None:
         """Form each record's gradient by this tensor and carry it back to the parameters."""
-        rows = use.instantiate("per_sample")
+        rows = use.form("per_sample").joined()
         found = torch.autograd.grad(
             self.plain,
             [source.plain for source in self.sources],
@@ -151,12 +152,16 @@ def enter(parameter: Tensor | None, use: Callable[[], Use]) -> None:
 
 
 def on_gradient(output: Tensor, seen: Tensor, enter: Callable[[Tensor], None]) -> Tensor:
-    """``output``, part of the graph, whose gradient, in float32, goes to ``enter``; ``seen`` must by then be what it is now."""
+    """``output``, part of the graph, whose gradient, in float32, goes to ``enter``; ``seen`` must by then be what it is now.
+
+    Afterwards neither is held any more, so that a backward pass gives back memory as it goes, as autograd's own nodes do.
+    """
     if not output.requires_grad:
         output.requires_grad_()
-    version = seen._version
+    held, version = [(seen, enter)], seen._version
 
     def hook(gradient: Tensor) -> None:
+        seen, enter = held.pop()
         if seen._version != version:
             raise ModelError("per-sample gradients are not available: a layer's input was changed in place")
         enter(gradient.float())

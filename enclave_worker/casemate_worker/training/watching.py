@@ -23,7 +23,7 @@ from .watched import Book, Watched, WatchedParameter
 
 
 class Watch:
-    """Stands in for a model's parameters, wherever it keeps them, while a forward pass runs."""
+    """Stands in for a model's parameters, wherever it keeps them, while a forward and a backward pass run."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """For these of ``model``'s parameters; a use is entered under the parameter's position among them."""
@@ -41,7 +41,7 @@ class Watch:
 
     @contextmanager
     def into(self, book: Book) -> Iterator[None]:
-        """Enter each use into ``book``: forward runs inside, backward may run after."""
+        """Enter each use into ``book``: forward and backward run inside. Afterwards nothing here holds it."""
         for index, (parameter, watched) in enumerate(zip(self._parameters, self._standing_in, strict=True)):
             if watched.address != parameter.data_ptr():
                 self._standing_in[index] = WatchedParameter.of(parameter, index)
@@ -55,6 +55,8 @@ class Watch:
         finally:
             for holder, name, index in self._slots:
                 holder[name] = self._parameters[index]
+            for watched in self._standing_in:
+                del watched.book
             for module in self._recurrent:  # which keep a list of their own
                 module._init_flat_weights()
 

@@ -14,14 +14,15 @@ from casemate_worker.training.blocks import LEAST_FACTOR, Blocks, blocks_for, up
 from casemate_worker.training.chain import chain_of
 from casemate_worker.training.clipping import BookKeeping, clip_factors
 from casemate_worker.training.flat import FlatParameters
-from casemate_worker.training.uses import Instantiated, LinearUse, RankOne, Strategy
+from casemate_worker.training.terms import Instantiated, RankOne
+from casemate_worker.training.uses import LinearUse, Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
-TERMS = ("outer", "outer and shift", "formed")
+TERMS = ("outer", "outer and shift", "formed", "pieces")
 
 
 def _exact(values: Tensor) -> list[Fraction]:
@@ -33,6 +34,8 @@ def _square(values: list[Fraction]) -> Fraction:
 
 
 def _term(kind: str, a: Tensor, g: Tensor) -> Instantiated | RankOne:
+    if kind == "pieces":
+        return Instantiated(*(g[:, :, None] * a[:, None, :]).flatten(1).split(5))
     if kind == "formed":
         return Instantiated((g[:, :, None] * a[:, None, :]).flatten(1))
     return RankOne(LinearUse(a, g), shift=kind == "outer and shift")
@@ -42,7 +45,7 @@ def _parts(kind: str, a: Tensor, g: Tensor, factors: Tensor) -> list[list[Fracti
     """Each record's part, exactly."""
     found = []
     for row, gradient, factor in zip(a, g, _exact(factors), strict=True):
-        if kind == "formed":
+        if kind in ("formed", "pieces"):
             vector = _exact(gradient[:, None] * row[None, :])
         else:
             vector = [y * x for y in _exact(gradient) for x in _exact(row)]

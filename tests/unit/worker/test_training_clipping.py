@@ -20,10 +20,13 @@ from casemate_worker.training import uses as uses_module
 from casemate_worker.training.choosing import Mode
 from casemate_worker.training.clipping import BookKeeping, clip_factors
 from casemate_worker.training.probe import probe_model
-from casemate_worker.training.uses import ConvUse, Instantiated, LinearUse, Outer, RankOne, Strategy, Term
+from casemate_worker.training.terms import Instantiated, Outer, RankOne, Term
+from casemate_worker.training.uses import ConvUse, LinearUse, Strategy, Use
+from casemate_worker.training.watched import Book
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 torch.set_num_threads(1)
 
@@ -508,7 +511,7 @@ def test_no_record_of_a_batch_is_multiplied_alone(monkeypatch: pytest.MonkeyPatc
 
         monkeypatch.setattr(holder, name, noted)
     for rank, elements in ((2, 600), (1, 660)):  # of which seven and three records are no more, and 64 no multiple
-        monkeypatch.setattr(uses_module, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(uses_module, "CHUNK_ELEMENTS", elements)
         x, g = torch.randn(64, 1, *[[9, 8], [74]][rank == 1]), torch.randn(64, 2, *[[7, 6], [72]][rank == 1])
         ConvUse(x, g, torch.Size((2, 1, *[3] * rank)), [1] * rank, [0] * rank, [1] * rank, 1).form("patches")
         assert len(set(sizes)) == 1
@@ -522,7 +525,63 @@ def test_a_stride_longer_than_the_image_takes_no_memory(monkeypatch: pytest.Monk
     new_empty = Tensor.new_empty
     monkeypatch.setattr(Tensor, "new_empty", lambda *a: made.append((out := new_empty(*a)).numel()) or out)
     use = ConvUse(x, g, torch.Size((4, 3, 3, 2)), [1 << 16, 1], [1, 0], [2, 1], 1)
-    formed = use.form("patches").instantiate("patches")
+    formed = use.form("patches").joined()
     expected = torch.nn.grad.conv2d_weight(x[:1], (4, 3, 3, 2), g[:1], (1 << 16, 1), (1, 0), (2, 1))
     assert torch.allclose(formed[0], expected.flatten(), atol=1e-5)
     assert max(made) < 1000
+
+
+class _Noting(nn.Module):
+    """A sine that notes where its outputs lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[StorageWeakRef] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sin(x)
+        self.made.append(StorageWeakRef(y.untyped_storage()))
+        return y
+
+
+def test_a_backward_pass_gives_back_activations_as_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    noting = _Noting()
+    model = nn.Sequential(nn.Linear(3, 4), noting, nn.Linear(4, 4), noting, nn.Linear(4, 4), noting, nn.Linear(4, 2))
+    x, y = torch.randn(4, 5, 3), torch.randn(4)
+    clipping = _of_mode(_clipping(model), "per_sample", x, y)
+    held: list[int] = []
+    add = Book.add
+
+    def noted(book: Book, index: int, use: Use) -> None:
+        add(book, index, use)
+        if isinstance(use, LinearUse):
+            held.append(sum(not made.expired() for made in noting.made))
+
+    monkeypatch.setattr(Book, "add", noted)
+    noting.made.clear()
+    clipping.clipped_sum(x, y)
+    assert held == [3, 2, 1, 0]
+    assert all(made.expired() for made in noting.made)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("expected", [None, 32.0])
+def test_gradients_formed_in_pieces_make_the_same_sum(
+    strategy: Strategy, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, (2, 3), 2, 1), nn.Flatten(2), nn.Linear(12, 5)
+    model, x, y = nn.Sequential(*layers), torch.randn(37, 2, 8, 8), torch.randn(37)
+    sums = []
+    for elements in (1 << 21, 200):
+        monkeypatch.setattr(uses_module, "_PIECE_ELEMENTS", elements)
+        clipping = BookKeeping(model, _squares_loss, clipping_norm=1.0, max_physical_batch=64, expected_batch=expected)
+        clipping.choose("per_sample", lambda count: (x[:count], y[:count]))
+        clipping.strategies = dict.fromkeys(clipping.strategies, strategy)
+        bad = x.clone()
+        bad[5] = math.nan
+        sums.append((clipping.clipped_sum(x, y), clipping.clipped_sum(bad, y)))
+    for whole, pieces in zip(*sums, strict=True):
+        assert whole.norm() > 1
+        assert (whole - pieces).norm() <= 1e-5 * whole.norm()
+    assert not torch.equal(*sums[0])

@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+import torch
 from casemate_worker.environment import reproducible_kernels
+from casemate_worker.training import kernels
 
 ATTACK = """
 import json, sys
@@ -131,3 +134,18 @@ def test_one_record_moves_sum_and_metrics_by_its_own_part_alone() -> None:
 
 def test_kernels_that_look_at_a_rows_place_are_refused() -> None:
     assert "place in the batch" in str(_attack("on", {})["refused"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_rows_that_differ_in_one_bit_have_other_fingerprints(dtype: torch.dtype) -> None:
+    values = (100 * torch.randn(40, 3, 700).relu()).to(dtype)
+    rows = values.movedim(1, 2)  # not as it lies in memory
+    before = kernels._fingerprints(rows)
+    assert len(set(before.tolist())) == 40
+    for row, at in ((0, 0), (17, 699), (39, 350)):
+        flat = values.view(torch.uint8)
+        flat[row, 2, at * values.element_size()] ^= 1
+        changed = kernels._fingerprints(rows) != before
+        flat[row, 2, at * values.element_size()] ^= 1
+        assert changed.tolist() == [number == row for number in range(40)]
+    assert (kernels._fingerprints(rows) == before).all()

@@ -19,6 +19,7 @@ import pytest
 import torch
 from casemate_schemas.errors import ParameterError
 from casemate_worker.key_schedule import attempt_seed, resume_key
+from casemate_worker.training import noise
 from casemate_worker.training.keystream import Keystream
 from casemate_worker.training.noise import HardenedGaussian, standard_normals
 from casemate_worker.training.sampling import PoissonSampler
@@ -232,6 +233,19 @@ def test_words_near_either_end_take_one_more_in_their_order() -> None:
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-14, atol=1e-300)
     assert 11.2 < math.hypot(*found[1, :2]) < 13.4  # 128 bits reach where 64 end, at 9.42
     assert 0 < math.hypot(*found[1, 4:6]) < 2.0**-50  # and as near to 0
+
+
+def test_normals_made_piece_by_piece_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    firsts = [12345, 2**63, 0, 2**44 - 1, 2**63 + 5, 2**64 - 1, 7, 2**60, 2**61, 2**64 - 2]
+    drawn = [word for i, first in enumerate(firsts) for word in (first, i << 59)]
+    found = []
+    for words in (1 << 17, 4):
+        monkeypatch.setattr(noise, "_WORDS", words)
+        streams = _Scripted(*drawn[:10], 7, 2**63 + 1, 9, 11), _Scripted(*drawn[10:], 3, 2**64 - 2, 99, 10)
+        found.append(standard_normals(streams, 10))
+        assert [stream.left for stream in streams] == [[11], [10]]
+    np.testing.assert_allclose(*found, rtol=1e-15)
+    assert len(np.unique(found[0])) == 20
 
 
 _COMMON = [2**44, 2**45 + 1, 2**53 - 1, 2**53 + 1, 2**60 + 1, 2**63 - 1, 2**63, 2**64 - 2**50 - 1, 2**64 - 2**44 - 1]
