@@ -288,11 +288,11 @@ class _Examined(Book):
     def add(self, index: int, use: Use) -> None:
         """See :meth:`Book.add`; what would be captured as it is, and held, is held here, too."""
         strategy = self.strategy_of(index, use)
-        if index not in self._once or strategy == "ghost" or isinstance(use, RowsUse):
-            super().add(index, use)
-            return
-        with _disable_current_modes():
-            _examine({index: term_of([use], strategy)}, self._take)
+        with _disable_current_modes():  # what forms gradients is no part of the model
+            if index not in self._once or strategy == "ghost" or isinstance(use, RowsUse):
+                super().add(index, use)
+            else:
+                _examine({index: term_of([use], strategy)}, self._take)
 
 
 def _examine(terms: Mapping[int, Term], take: Callable[[Tensor], None]) -> None:

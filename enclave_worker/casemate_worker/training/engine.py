@@ -72,7 +72,7 @@ class Trainer:
             plan: what the terms fix, the same for all owners.
             expected_batch: the public denominator in records: Σ of rate times declared row bound, never a count.
             seed: the attempt's 32 bytes, from :func:`casemate_worker.key_schedule.attempt_seed`.
-            clipping: how the clipped sum is computed; ways agree up to rounding.
+            clipping: how the clipped sum is computed; ways agree up to rounding. With padded batches nothing is measured.
             observe: shown each step's noised sum, float64 ``[d]``, which is all that a step releases; for audits alone.
             group: the processes that train this model together, each with the same arguments; see :mod:`.distributed`.
 
@@ -205,6 +205,8 @@ class Trainer:
             uniform=self._plan.padded_batch is not None,
             expected_batch=None if self._plan.mechanism == "exact" else self._expected_batch,
         )
+        if mode == "auto" and self._plan.padded_batch is not None:
+            mode = "book_keeping"  # states name strategies: what is measured would show in their sizes
         outputs = probe_model(model, clipping, features, targets, mode)
         self._shaped = features, targets, owners[0].features[:0]
         clip_for_rounding(clipping, self._plan, self._size, self._expected_batch)
