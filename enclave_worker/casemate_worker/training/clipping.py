@@ -127,12 +127,8 @@ class BookKeeping:
         self._max_physical_batch = max_physical_batch
         self._strategies: dict[int, Strategy] = {}
         self._once: set[int] = set()
-        self._physical_batch = most_rows(max_physical_batch)
-
-    @property
-    def physical_batch(self) -> int:
+        self.physical_batch = most_rows(max_physical_batch)
         """How many rows forward and backward have at most."""
-        return self._physical_batch
 
     @property
     def strategies(self) -> dict[str, Strategy]:
@@ -148,7 +144,7 @@ class BookKeeping:
         ghosts = {index for index, strategy in self._strategies.items() if strategy == "ghost"}
         self._by_hand = self._chain if self._chain is not None and ghosts.issuperset(self._chain.matrices) else None
         formed = sum(4 * self._parameters[i].numel() for i, s in self._strategies.items() if s != "ghost")
-        self._physical_batch = most_rows(min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
+        self.physical_batch = most_rows(min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
 
     def choose(self, mode: Mode, records: Callable[[int], tuple[Tensor, Tensor]]) -> None:
         """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for."""
@@ -162,7 +158,7 @@ class BookKeeping:
 
     def clipped_sum(self, features: Tensor, targets: Tensor, in_all: int | None = None) -> Tensor:
         """See :meth:`Clipping.clipped_sum`. Of ``in_all`` records a step, where that is more than these."""
-        blocks, size, count = self._blocks, self._physical_batch, features.shape[0]
+        blocks, size, count = self._blocks, self.physical_batch, features.shape[0]
         if blocks is not None and (count if in_all is None else in_all) > blocks.records:
             blocks = None
         total = torch.zeros(self._size, dtype=torch.float64)

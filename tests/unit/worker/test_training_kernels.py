@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from casemate_models.losses import ExampleLoss
 from casemate_worker.environment import reproducible_kernels
 from casemate_worker.training import kernels
+from casemate_worker.training.choosing import Mode
+from casemate_worker.training.clipping import BookKeeping
+from casemate_worker.training.probe import probe_model
 
 ATTACK = """
 import json, sys
@@ -149,3 +154,19 @@ def test_rows_that_differ_in_one_bit_have_other_fingerprints(dtype: torch.dtype)
         flat[row, 2, at * values.element_size()] ^= 1
         assert changed.tolist() == [number == row for number in range(40)]
     assert (kernels._fingerprints(rows) == before).all()
+
+
+@pytest.mark.parametrize("mode", ["per_sample", "ghost"])
+def test_what_forms_gradients_is_no_part_of_the_model(mode: Mode) -> None:
+    layer = torch.nn.Conv1d(2, 2, 3, padding=1)  # used twice, and formed in a call for each record
+    model = torch.nn.Sequential(layer, torch.nn.Tanh(), layer, torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    clipping = BookKeeping(model, ExampleLoss("cross_entropy"), clipping_norm=1.0, max_physical_batch=64)
+    features, targets = torch.zeros(0, 2, 4), torch.zeros(0, dtype=torch.int64)
+    probe_model(model, clipping, features, targets, mode)
+    taken: list[torch.Size] = []
+    clipping.examine(
+        torch.randn(32, 2, 4), torch.zeros(32).long(), nullcontext(), lambda rows: taken.append(rows.shape)
+    )
+    assert all(shape[0] == 32 for shape in taken)
+    assert ((32, 12) in taken) == (mode == "per_sample")
+    kernels.check_kernels(model, clipping.examine, features, targets, 64, mode)
