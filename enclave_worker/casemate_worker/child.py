@@ -69,10 +69,12 @@ class Child:
 
         # The slow imports happen here, while the parent is still earning its keys.
         from .training import engine  # noqa: F401
+        from .training.memory import keep_freed
         from .training.rows import check_libraries
 
         refuse_accelerators(simulation=start.simulation)
         check_libraries()
+        keep_freed()
         torch.set_num_threads(threads)
 
     def _take_model(self) -> tuple[JobSpec, bytes]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal
 
 import torch
@@ -18,7 +19,7 @@ Mode = Literal["auto", "book_keeping", "ghost", "per_sample"]
 _ROUNDS: Final = 3
 _SLOW: Final = 4.0
 _TRIAL_RECORDS: Final = 64
-_TRIAL_OPERATIONS: Final = 1 << 28
+_TRIAL_OPERATIONS: Final = 1 << 30
 _FORMING_COST: Final = 50
 """What it costs to form one element, take it to float64, square it and sum it, in float32 multiply-adds (measured)."""
 _DOUBLE_COST: Final = 2.3
@@ -26,20 +27,46 @@ _DOUBLE_COST: Final = 2.3
 _GROUPED_ELEMENTS: Final = 1 << 16
 """Up to this size of a filter bank one grouped convolution beat one call for each record (measured)."""
 
-_measured: dict[object, Strategy] = {}
+_WORTH: Final = 2.5
+"""So many times what is cheapest a strategy may cost that forms nothing, where memory is dear."""
+
+_measured: dict[object, dict[Strategy, float]] = {}
 
 
-def choice(mode: Mode, uses: Sequence[Use], blocks: Blocks | None) -> Strategy:
-    """The strategy that ``mode`` gives a parameter with these uses, where sums are as ``blocks`` says."""
+def costs(mode: Mode, uses: Sequence[Use], blocks: Blocks | None) -> Mapping[Strategy, float]:
+    """What each strategy that ``mode`` allows costs a parameter with these uses, where sums are as ``blocks`` says.
+
+    Costs of one mode can be compared with each other, also between parameters.
+    """
     if mode != "ghost" and any(isinstance(use, RowsUse) for use in uses):
-        return "per_sample"  # what comes formed has to be added to what else there is
+        return {"per_sample": 0.0}  # what comes formed has to be added to what else there is
     if mode == "auto" and len(uses) == 1 and isinstance(uses[0], LinearUse) and products(uses) == 1:
-        return "ghost"  # a product of two vectors: nothing is cheaper, whatever a measurement of so little says
+        return {"ghost": 0.0}  # a product of two vectors: nothing is cheaper, whatever a measurement of so little says
     if mode == "auto":
-        return measured_strategy(uses, blocks)
-    if mode == "book_keeping":
-        return cheaper_by_count(uses[0])
-    return mode
+        return _measured_seconds(uses, blocks)
+    return _counted(uses[0]) if mode == "book_keeping" else {mode: 0.0}
+
+
+def chosen(
+    costs: Mapping[str, Mapping[Strategy, float]], formed_bytes: Mapping[str, int], most_bytes: int
+) -> dict[str, Strategy]:
+    """Each parameter's cheapest strategy; fewer form gradients where a record's would take more than ``most_bytes`` in all.
+
+    Those that lose least by it, for a byte, go first; none whose cost would be more than 2.5 times as high.
+    """
+    found = {name: min(each, key=each.__getitem__) for name, each in costs.items()}
+    losses = {
+        name: (each["ghost"] - each[found[name]]) / formed_bytes[name]
+        for name, each in costs.items()
+        if found[name] != "ghost" and each.get("ghost", math.inf) <= _WORTH * each[found[name]]
+    }
+    formed = sum(formed_bytes[name] for name, strategy in found.items() if strategy != "ghost")
+    for name in sorted(losses, key=losses.__getitem__):
+        if formed <= most_bytes:
+            break
+        found[name] = "ghost"
+        formed -= formed_bytes[name]
+    return found
 
 
 def products(uses: Iterable[Use]) -> int:
@@ -67,10 +94,17 @@ def strategies_for(use: Use) -> tuple[Strategy, ...]:
 
 def cheaper_by_count(use: Use) -> Strategy:
     """The strategy with fewer operations: ghost where ``t`` is small beside the layer, else per sample."""
-    first, last = strategies_for(use)[0], strategies_for(use)[-1]
-    if last == "ghost" and (first == "ghost" or _ghost_operations(use) < operations(use)):
-        return "ghost"
-    return "grouped" if isinstance(use, ConvUse) and use.elements() <= _GROUPED_ELEMENTS else first
+    found = _counted(use)
+    return min(found, key=found.__getitem__)
+
+
+def _counted(use: Use) -> dict[Strategy, float]:
+    """Operations of forming gradients in the usual way, and of ghost norms and sums."""
+    candidates = strategies_for(use)
+    small = isinstance(use, ConvUse) and use.elements() <= _GROUPED_ELEMENTS
+    found: dict[Strategy, float] = {"grouped" if small else "per_sample": operations(use)}
+    ghost: dict[Strategy, float] = {"ghost": _ghost_operations(use)}
+    return ghost if candidates == ("ghost",) else found | (ghost if "ghost" in candidates else {})
 
 
 def operations(use: Use) -> int:
@@ -86,21 +120,20 @@ def _ghost_operations(use: Use) -> float:
     return _DOUBLE_COST * groups * (t * t * (p + d) + t * p * d)
 
 
-def measured_strategy(uses: Sequence[Use], blocks: Blocks | None = None) -> Strategy:
-    """The strategy that formed norms and one weighted sum of ``uses`` in the least time, the best of three each.
+def _measured_seconds(uses: Sequence[Use], blocks: Blocks | None) -> Mapping[Strategy, float]:
+    """In what time each strategy formed norms and one weighted sum of ``uses``, the best of three.
 
     Asked again in this process for layers of the same kind and sizes, it gives the same answer without a measurement,
-    so trainers of one process agree. Strategies four times slower at first are not tried again.
+    so trainers of one process agree. Strategies four times slower at first are not tried again, and left out.
     """
     candidates = strategies_for(uses[0])
     if len(candidates) == 1:
-        return candidates[0]
+        return {candidates[0]: 0.0}
     key = (torch.get_num_threads(), blocks, tuple(_signature(use) for use in uses))
     if key not in _measured:
         first = {strategy: _seconds(uses, strategy, blocks) for strategy in candidates}
         close = [strategy for strategy in candidates if first[strategy] <= _SLOW * min(first.values())]
-        best = {strategy: min(_seconds(uses, strategy, blocks) for _ in range(_ROUNDS)) for strategy in close}
-        _measured[key] = min(close, key=best.__getitem__)
+        _measured[key] = {s: min(_seconds(uses, s, blocks) for _ in range(_ROUNDS)) for s in close}
     return _measured[key]
 
 

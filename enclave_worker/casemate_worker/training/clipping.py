@@ -34,9 +34,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .blocks import LEAST_FACTOR, Blocks, blocks_for, upper_products
 from .chain import Chain, chain_of
-from .choosing import Mode, cheaper_by_count, choice, products, trial_size
+from .choosing import Mode, cheaper_by_count, chosen, costs, products, trial_size
 from .precision import check_float32_products
-from .rows import in_rows, most_rows
+from .rows import in_rows, most_rows, row_step
 from .terms import Instantiated, RankOne, Term, term_of
 from .uses import RowsUse, Strategy, Use
 from .watched import Book
@@ -46,7 +46,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs ``[n, ...]`` and targets ``[n, ...]`` to per-example losses ``[n]``."""
 
 _GRADIENT_BYTES: Final = 1 << 26
-"""So many bytes of formed gradients a physical batch holds, unless one record has more."""
+"""So many bytes of formed gradients a physical batch holds, unless the smallest there can be has more."""
+_MOST_GRADIENT_BYTES: Final = 1 << 28
+"""So many the smallest batch holds, unless there is no way but to form them."""
 
 
 class Clipping(Protocol):
@@ -147,14 +149,19 @@ class BookKeeping:
         self.physical_batch = most_rows(min(self._max_physical_batch, _GRADIENT_BYTES // max(1, formed)))
 
     def choose(self, mode: Mode, records: Callable[[int], tuple[Tensor, Tensor]]) -> None:
-        """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for."""
+        """Set strategies by ``mode`` after a look at public records, of which ``records`` makes as many as asked for.
+
+        Where formed gradients would take more than 256 MiB in the smallest batch there can be, fewer are formed.
+        """
         book = self._kept(*records(1))
         if mode == "auto":
             book = self._kept(*records(trial_size(book.uses().values(), self._max_physical_batch)))
         self._once = {index for index, uses in book.uses().items() if len(uses) == 1}
         found = {self._names[index]: uses for index, uses in sorted(book.uses().items())}
         self.cancelling = {name: count for name, uses in found.items() if (count := products(uses)) > 1}
-        self.strategies = {name: choice(mode, uses, self._blocks) for name, uses in found.items()}
+        sizes = {self._names[index]: 4 * self._parameters[index].numel() for index in book.uses()}
+        each = {name: costs(mode, uses, self._blocks) for name, uses in found.items()}
+        self.strategies = chosen(each, sizes, _MOST_GRADIENT_BYTES // row_step())
 
     def clipped_sum(self, features: Tensor, targets: Tensor, in_all: int | None = None) -> Tensor:
         """See :meth:`Clipping.clipped_sum`. Of ``in_all`` records a step, where that is more than these."""
@@ -163,15 +170,18 @@ class BookKeeping:
             blocks = None
         total = torch.zeros(self._size, dtype=torch.float64)
         for start in range(0, count, size):
-            some, theirs = features[start : start + size], targets[start : start + size]
-            terms, losses = self._terms(in_rows(some), in_rows(theirs))
-            factors = self._factors(terms, losses)
-            if (there := some.shape[0]) < losses.shape[0]:
-                factors = factors[:there]
-                for term in terms.values():
-                    term.keep(there)
-            self._add_weighted(total, terms, factors, blocks)
+            self._add_batch(total, features[start : start + size], targets[start : start + size], blocks)
         return total
+
+    def _add_batch(self, total: Tensor, features: Tensor, targets: Tensor, blocks: Blocks | None) -> None:
+        """Of one physical batch, of which nothing is held afterwards."""
+        terms, losses = self._terms(in_rows(features), in_rows(targets))
+        factors = self._factors(terms, losses)
+        if (there := features.shape[0]) < losses.shape[0]:
+            factors = factors[:there]
+            for term in terms.values():
+                term.keep(there)
+        self._add_weighted(total, terms, factors, blocks)
 
     def examine(
         self,

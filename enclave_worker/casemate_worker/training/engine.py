@@ -31,6 +31,7 @@ from .clipping import BookKeeping, Loss
 from .distributed import Alone, Group, inputs
 from .flat import FlatParameters
 from .kernels import check_kernels
+from .memory import give_back
 from .metrics import noisy_metrics
 from .noise import noise_mechanism
 from .optimizers import build_optimizer, move_weights, optimizer_slots
@@ -208,6 +209,7 @@ class Trainer:
         if mode == "auto" and self._plan.padded_batch is not None:
             mode = "book_keeping"  # states name strategies: what is measured would show in their sizes
         outputs = probe_model(model, clipping, features, targets, mode)
+        give_back()
         self._shaped = features, targets, owners[0].features[:0]
         clip_for_rounding(clipping, self._plan, self._size, self._expected_batch)
         return clipping, outputs

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from casemate_worker.key_schedule import KEY_BYTES
 
 from .keystream import Keystream
+from .memory import give_back
 from .rows import most_rows, row_step
 from .watched import tensors_in
 
@@ -67,11 +68,15 @@ def check_kernels(model: nn.Module, run: Run, features: Tensor, targets: Tensor,
     if most * elements > _LARGE_ELEMENTS:
         most = min(most, 3 * row_step())
     asked = (question.signature, most, torch.get_num_threads(), key)
-    if asked not in _passed:
-        with _random_weights(model):
-            question.ask(most, replace=True)
-        _passed.add(asked)
-    question.ask(row_step(), replace=False)
+    try:
+        if asked not in _passed:
+            with _random_weights(model):
+                question.ask(most, replace=True)
+            _passed.add(asked)
+        question.ask(row_step(), replace=False)
+    finally:
+        _pool.cache_clear()
+        _keys.cache_clear()
 
 
 class _Question:
@@ -108,6 +113,7 @@ class _Question:
         inside = _Replacing(seen, self._names, self._axes) if replace else nullcontext()
         self._run(*self._records(records), inside, lambda rows: seen.take(rows.reshape(len(records), -1)))
         seen.end()
+        give_back()
 
     def _records(self, records: Tensor) -> tuple[Tensor, Tensor]:
         shape = self._features.shape[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
@@ -21,8 +22,12 @@ Strategy = ClippingStrategy
 
 CHUNK_ELEMENTS: Final = 1 << 18
 """Float64 temporaries of this many elements (2 MiB) stay in a core's cache; larger ones cost page faults."""
-_PIECE_ELEMENTS: Final = 1 << 21
-"""Gradients are formed in pieces of 8 MiB, or of two records: the allocator maps and clears pages anew for much larger ones."""
+_PIECE_ELEMENTS: Final = (1 << 20) - 1024
+"""Gradients are formed in pieces of somewhat less than 4 MiB, or of two records.
+
+So they lie where activations were, whose sizes are powers of two more often than not: the C library adds some bytes to
+each, and of halves that are as large as can be one would fit there, not two.
+"""
 _REGISTERS_ELEMENTS: Final = 16
 """MKL's small products take so many elements of the last axis at a time, and others in several goes (measured)."""
 
@@ -251,8 +256,12 @@ def chunks(count: int, most: int) -> list[slice]:
 
 
 def _pieces(count: int, elements: int) -> list[slice]:
-    """Which of ``count`` records to form together."""
-    return chunks(count, max(2, _PIECE_ELEMENTS // elements))
+    """Which of ``count`` records to form together; none by itself, which might be rounded otherwise (:func:`chunks`)."""
+    size = max(2, _PIECE_ELEMENTS // elements)
+    starts = list(range(0, count, size))
+    if count - starts[-1] == 1 < count:
+        starts.pop()
+    return [slice(start, end) for start, end in pairwise([*starts, count])]
 
 
 def _whole_vectors(size: int) -> float:
