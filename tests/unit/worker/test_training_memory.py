@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from casemate_worker.training.choosing import Mode, chosen
 from casemate_worker.training.clipping import BookKeeping
 from casemate_worker.training.memory import give_back
 from casemate_worker.training.noise import HardenedGaussian
+from casemate_worker.training.terms import Term
 from casemate_worker.training.uses import Strategy, Use
 from torch import Tensor, nn
 
@@ -86,6 +88,25 @@ def test_what_is_measured_is_weighed_against_memory(monkeypatch: pytest.MonkeyPa
     for width, expected in ((128, "per_sample"), (2048, "ghost")):
         clipping = _chosen("auto", nn.Linear(width, width, bias=False), 2, width)
         assert clipping.strategies == {"weight": expected}
+
+
+def test_nothing_of_one_physical_batch_is_held_while_the_next_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipping = _chosen("per_sample", nn.Linear(3, 2), 2, 3)
+    clipping.physical_batch = 32
+    held: list[weakref.ref[Term]] = []
+    alive: list[int] = []
+    terms_of = BookKeeping._terms
+
+    def noted(self: BookKeeping, features: Tensor, targets: Tensor) -> tuple[dict[int, Term], Tensor]:
+        alive.append(sum(term() is not None for term in held))
+        terms, losses = terms_of(self, features, targets)
+        held.extend(map(weakref.ref, terms.values()))
+        return terms, losses
+
+    monkeypatch.setattr(BookKeeping, "_terms", noted)
+    clipping.clipped_sum(torch.ones(96, 2, 3), torch.zeros(96))
+    assert alive == [0, 0, 0]
+    assert len(held) == 6
 
 
 @pytest.mark.parametrize(("count", "elements"), [(1, 5), (32, 1 << 16), (64, 1 << 18), (64, 349_000), (63, 1 << 22)])
