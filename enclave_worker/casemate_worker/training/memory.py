@@ -14,8 +14,8 @@ _MMAP_THRESHOLD: Final = -3, 1 << 25
 def keep_freed() -> None:
     """From now on keep what is freed, for this whole process.
 
-    Each step frees and takes hundreds of MiB. To give pages back and to have them mapped and cleared anew took a tenth of a
-    step; at its peak the process is as large either way.
+    Each step frees and takes hundreds of MiB. To give pages back and to have them mapped and cleared anew takes up to a tenth
+    of a step (docs/decisions/0030); at its peak the process is as large either way.
     """
     if (mallopt := _function("mallopt")) is not None:
         for parameter, value in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
