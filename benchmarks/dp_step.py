@@ -6,8 +6,8 @@ sum in float32 and draw noise from PyTorch's ordinary generator. All take turns;
 short, as in training, where a step finds in the cache what the last one of its own kind left there. Ratios are of one
 round's turn by that round's plain turn: medians over rounds, with quartiles. A turn begins when no other thread of this
 process works, so that noise which ours draws ahead disturbs nobody else; of the noise that a turn of the MLP's uses, all
-but an eighth is drawn while it lasts. Peak memory is that of a process of its own, which
-sets up and takes a few steps, over one that takes plain ones: medians of three of each, in turns.
+but an eighth is drawn while it lasts. Peak memory is that of a process of its own, which sets up and takes a few steps, over
+one that takes plain ones: medians of three of each, in turns.
 """
 
 from __future__ import annotations

@@ -100,11 +100,13 @@ def cheaper_by_count(use: Use) -> Strategy:
 
 def _counted(use: Use) -> dict[Strategy, float]:
     """Operations of forming gradients in the usual way, and of ghost norms and sums."""
-    candidates = strategies_for(use)
     small = isinstance(use, ConvUse) and use.elements() <= _GROUPED_ELEMENTS
-    found: dict[Strategy, float] = {"grouped" if small else "per_sample": operations(use)}
-    ghost: dict[Strategy, float] = {"ghost": _ghost_operations(use)}
-    return ghost if candidates == ("ghost",) else found | (ghost if "ghost" in candidates else {})
+    found: dict[Strategy, float] = {
+        "grouped" if small else "per_sample": operations(use),
+        "ghost": _ghost_operations(use),
+    }
+    allowed = strategies_for(use)
+    return {strategy: count for strategy, count in found.items() if strategy in allowed}
 
 
 def operations(use: Use) -> int:
